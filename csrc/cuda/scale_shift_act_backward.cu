@@ -1,0 +1,2 @@
+#define FASTRES_BACKWARD
+#include "scale_shift_act.cu"

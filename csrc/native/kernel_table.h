@@ -1,0 +1,19 @@
+// The kernels of one instruction set: launchers that take a problem and a range of items.
+#pragma once
+
+#include "../../kernels/common/cpu_problems.h"
+
+namespace fastres {
+
+struct KernelTable {
+  void (*scale_shift_act)(const ScaleShiftAct&, int64_t begin, int64_t end);
+  void (*scale_shift_act_backward)(const ScaleShiftActBackward&, int64_t begin, int64_t end);
+  void (*scale_shift_act_pool)(const ScaleShiftActPool&, int64_t begin, int64_t end);
+  void (*scale_shift_act_pool_gather)(const ScaleShiftActPool&, int64_t begin, int64_t end);
+  void (*scale_shift_act_pool_backward)(const ScaleShiftActPoolBackward&, int64_t begin, int64_t end);
+  void (*channel_stats)(const ChannelStats&, int64_t begin, int64_t end);
+  void (*channel_stats_merge)(const ChannelStats&, int64_t begin, int64_t end, float* mean, float* var);
+  void (*channel_stats_backward)(const ChannelStatsBackward&, int64_t begin, int64_t end);
+};
+
+}  // namespace fastres

@@ -1,0 +1,105 @@
+"""Loads the compiled libraries, and says what was built and why something is missing.
+
+The operators' schemas are defined in Python (:mod:`fastres.ops.schemas`) before :func:`load` runs; the libraries only
+add implementations: ``fastres/_native*.so`` for the CPU and ``fastres/_cuda.so`` for CUDA, both on LibTorch's stable ABI.
+"""
+
+import importlib
+import json
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from fastres._version import __version__
+
+_PACKAGE = Path(__file__).parent
+_NOT_LOADED = "fastres._library.load() has not run"
+_errors: dict[str, str | None] = {"native": _NOT_LOADED, "cuda": _NOT_LOADED}
+_native: ModuleType | None = None
+
+
+@cache
+def _notes() -> dict[str, Any]:
+    """What setup.py wrote beside the libraries: why it left one out."""
+    try:
+        return json.loads((_PACKAGE / "_build.json").read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def _absent(name: str) -> str:
+    reason = _notes().get(f"{name}_error") or "it was not part of this build (FASTRES_NATIVE=OFF, or a plain source folder)"
+    return f"the {name} library is not installed: {reason}"
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
+def _load_native() -> str | None:
+    global _native
+    if not any(_PACKAGE.glob("_native.*")):
+        return _absent("native")
+    try:
+        _native = importlib.import_module("fastres._native")
+    except Exception as error:  # whatever a wrong binary raises: importing fastres must not fail
+        return f"the native library did not load: {_first_line(error)}"
+    return _native.isa_error() or None
+
+
+def _load_cuda() -> str | None:
+    path = _PACKAGE / "_cuda.so"
+    if not path.exists():
+        return _absent("cuda")
+    try:
+        torch.ops.load_library(path)
+    except Exception as error:
+        return f"the cuda library did not load: {_first_line(error)}"
+    return None
+
+
+def load() -> None:
+    """Loads both libraries. Called once, after the schemas are defined; never raises and never prints."""
+    _errors["native"] = _load_native()
+    _errors["cuda"] = _load_cuda()
+
+
+def native_error() -> str | None:
+    """Why the CPU operators can't be used, or ``None`` when they can (loaded, and ``FASTRES_ISA`` is honoured)."""
+    return _errors["native"]
+
+
+def cuda_error() -> str | None:
+    """Why the CUDA operators can't be used, or ``None`` when they are loaded (with or without a CUDA device)."""
+    return _errors["cuda"]
+
+
+def build_info() -> dict[str, Any]:
+    """What this installation of fastres was built with and can use.
+
+    Returns:
+        ``version`` (str); ``native``, ``cuda`` (bool: usable) with ``native_error``, ``cuda_error`` (str or None);
+        ``isa`` (``"avx512"``, ``"avx2"``, ``"baseline"`` or None) and ``isa_supported`` (list, lowest first);
+        ``compiler``, ``build_type``, ``torch_built_with`` (str or None), ``torch_running`` (str);
+        ``cuda_archs`` (list of str) and ``cuda_compiler`` (str or None).
+    """
+    native = _native.build_facts() if _native is not None else {}
+    cuda = _notes().get("cuda", {}) if _errors["cuda"] is None else {}
+    return {
+        "version": __version__,
+        "native": _errors["native"] is None,
+        "native_error": _errors["native"],
+        "cuda": _errors["cuda"] is None,
+        "cuda_error": _errors["cuda"],
+        "isa": (_native.isa() or None) if _native is not None else None,
+        "isa_supported": _native.isa_supported() if _native is not None else [],
+        "compiler": native.get("compiler"),
+        "build_type": native.get("build_type"),
+        "torch_built_with": native.get("torch_built_with"),
+        "torch_running": torch.__version__,
+        "cuda_archs": cuda.get("archs", []),
+        "cuda_compiler": cuda.get("compiler"),
+    }

@@ -1,0 +1,180 @@
+"""Which backend serves a problem, and why the others do not.
+
+``select`` is a pure function of the op, the problem and the request; importing this module chooses nothing. An explicit
+request (``use_backend`` or ``FASTRES_BACKEND``) holds for every op that has the backend and raises where it can't serve;
+``auto`` takes the first backend that serves, in the order of ``PREFERENCE``.
+"""
+
+import difflib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastres import _library
+from fastres.errors import BackendError
+from fastres.ops.schemas import BACKENDS, OPS
+
+AUTO = "auto"
+PREFERENCE: dict[str, tuple[str, ...]] = {
+    "cpu": ("native", "library", "reference"),
+    # Until a tuner has checked and timed them on the device at hand, our CUDA kernels are taken on request only.
+    "cuda": ("library", "reference", "cuda"),
+}
+_ANY_DEVICE = ("library", "reference")
+_DTYPES: dict[str, tuple[torch.dtype, ...]] = {
+    "native": (torch.float32, torch.bfloat16),
+    "cuda": (torch.float32, torch.float16, torch.bfloat16),
+}
+_DEVICE_OF = {"native": "cpu", "cuda": "cuda"}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What a backend needs to know to accept or refuse."""
+
+    op: str
+    device: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @classmethod
+    def of(cls, op: str, x: Tensor) -> "Problem":
+        return cls(op, x.device.type, x.dtype, tuple(x.shape))
+
+    def __str__(self) -> str:
+        return f"{self.op} on {self.device}, {str(self.dtype).removeprefix('torch.')}, shape {list(self.shape)}"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The backend taken, and for each one that was preferred to it the reason why it was not."""
+
+    backend: str
+    refused: tuple[tuple[str, str], ...] = ()
+
+
+def refusal(backend: str, op: str, device: str, dtype: torch.dtype) -> str | None:
+    """``None`` if ``backend`` serves ``op`` on ``device`` in ``dtype``, else the reason in words."""
+    if backend not in OPS[op].backends:
+        return f"{backend} has no {op}"
+    if backend in _DEVICE_OF:
+        if device != _DEVICE_OF[backend]:
+            return f"{backend} runs on {_DEVICE_OF[backend]} tensors, not on {device}"
+        if dtype not in _DTYPES[backend]:
+            known = ", ".join(str(d).removeprefix("torch.") for d in _DTYPES[backend])
+            return f"{backend} takes {known}, not {str(dtype).removeprefix('torch.')}"
+        return _library.native_error() if backend == "native" else _library.cuda_error()
+    return None
+
+
+_environment_backend = os.environ.get("FASTRES_BACKEND", AUTO)
+_forced: list[str] = []
+
+
+def requested() -> str:
+    """The backend asked for: by the innermost ``use_backend``, else by FASTRES_BACKEND, else ``"auto"``."""
+    name = _forced[-1] if _forced else _environment_backend
+    if name != AUTO and name not in BACKENDS:
+        close = difflib.get_close_matches(name, BACKENDS, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        source = "use_backend" if _forced else "FASTRES_BACKEND"
+        raise BackendError(f"{source}: unknown backend {name!r}, known are {AUTO}, {', '.join(BACKENDS)}{hint}")
+    return name
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Forces ``name`` for every op that has it, in this process, until the block ends. ``"auto"`` lifts a force.
+
+    Raises:
+        BackendError: for an unknown name at once; for a problem the backend can't serve when the op is called.
+    """
+    _forced.append(name)
+    try:
+        requested()
+        yield
+    finally:
+        _forced.pop()
+
+
+def select(op: str, x: Tensor) -> Choice:
+    """The backend for ``op`` on tensors like ``x``.
+
+    Raises:
+        BackendError: an explicitly requested backend has the op but can't serve the problem, or nobody can.
+    """
+    device, dtype = x.device.type, x.dtype
+    want = requested()
+    if want != AUTO and want in OPS[op].backends:
+        reason = refusal(want, op, device, dtype)
+        if reason is not None:
+            usable = [b for b in OPS[op].backends if refusal(b, op, device, dtype) is None]
+            raise BackendError(
+                f"backend {want!r} was requested but can't serve {Problem.of(op, x)}: {reason}. "
+                f"Usable here: {', '.join(usable) or 'none'}."
+            )
+        choice = Choice(want)
+    else:
+        choice = _first_that_serves(op, x)
+    if _recorder is not None:
+        _recorder.add(Problem.of(op, x), choice)
+    return choice
+
+
+def _first_that_serves(op: str, x: Tensor) -> Choice:
+    refused: list[tuple[str, str]] = []
+    for backend in PREFERENCE.get(x.device.type, _ANY_DEVICE):
+        reason = refusal(backend, op, x.device.type, x.dtype)
+        if reason is None:
+            return Choice(backend, tuple(refused))
+        refused.append((backend, reason))
+    raise BackendError(f"no backend serves {Problem.of(op, x)}: " + "; ".join(f"{b}: {r}" for b, r in refused))
+
+
+def status() -> list[tuple[str, bool, str]]:
+    """(backend, usable in this process, reason or remark) for every backend, for ``fastres doctor``."""
+    rows = []
+    for backend in BACKENDS:
+        error = {"native": _library.native_error, "cuda": _library.cuda_error}.get(backend, lambda: None)()
+        if backend == "cuda" and error is None and not torch.cuda.is_available():
+            error = "the library is loaded, but torch sees no CUDA device"
+        ops = ", ".join(op for op, schema in OPS.items() if backend in schema.backends)
+        rows.append((backend, error is None, error or f"serves {ops}"))
+    return rows
+
+
+@dataclass
+class Recorder:
+    """Collects the choices of one forward pass for :func:`fastres.explain`."""
+
+    names: dict[int, str]  # id(module) -> qualified name
+    rows: list[tuple[str, Problem, Choice]] = field(default_factory=list)
+    layer: str = ""
+
+    def add(self, problem: Problem, choice: Choice) -> None:
+        self.rows.append((self.layer, problem, choice))
+
+
+_recorder: Recorder | None = None
+
+
+@contextmanager
+def recording(names: dict[int, str]) -> Iterator[Recorder]:
+    """Records every choice made inside the block."""
+    global _recorder
+    previous, _recorder = _recorder, Recorder(names)
+    try:
+        yield _recorder
+    finally:
+        _recorder = previous
+
+
+def entering(module: Any) -> None:
+    """Names the layer the next choices belong to; free when nobody records."""
+    if _recorder is not None:
+        _recorder.layer = _recorder.names.get(id(module), type(module).__name__)

@@ -1,0 +1,132 @@
+"""The one registry of networks: names, facts, construction and weights."""
+
+import difflib
+import fnmatch
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from fastres.errors import CheckpointError, ModelError
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """Facts of a registered network with its default options.
+
+    ``params``: learnable parameters. ``macs``: multiply-adds of convolutions and fully connected layers at ``input_size``
+    (C, H, W), batch 1; BatchNorm, ReLU, pooling and additions are not counted.
+    """
+
+    name: str
+    family: str
+    source: str
+    dataset: str
+    input_size: tuple[int, int, int]
+    num_classes: int
+    params: int
+    macs: int
+
+
+_builders: dict[str, Callable[..., nn.Module]] = {}
+_infos: dict[str, ModelInfo] = {}
+
+
+def register(info: ModelInfo, builder: Callable[..., nn.Module]) -> None:
+    """Adds a network; names are unique."""
+    if info.name in _builders:
+        raise ModelError(f"model {info.name!r} is registered twice")
+    _builders[info.name], _infos[info.name] = builder, info
+
+
+def list_models(pattern: str | None = None) -> list[str]:
+    """Registered names in order of registration, filtered by a shell pattern such as ``"resnet*"``."""
+    return [name for name in _builders if pattern is None or fnmatch.fnmatch(name, pattern)]
+
+
+def _known(name: str) -> str:
+    if name not in _builders:
+        close = difflib.get_close_matches(str(name), _builders, n=3)
+        hint = f"; close to {', '.join(close)}" if close else ""
+        raise ModelError(f"unknown model {name!r}{hint}. fastres.list_models() gives all {len(_builders)} names.")
+    return name
+
+
+def model_info(name: str) -> ModelInfo:
+    """Facts of one network.
+
+    Raises:
+        ModelError: unknown name, with the closest ones.
+    """
+    return _infos[_known(name)]
+
+
+def create_model(name: str, fused: bool = True, weights: str | Path | None = None, **options: Any) -> nn.Module:
+    """Builds a registered network.
+
+    Args:
+        name: see :func:`list_models`.
+        fused: fused kernels, or plain PyTorch modules with the same weights and keys.
+        weights: None for random initialisation; a path to a state dict (``.pt``/``.pth``/``.safetensors``) or to a
+            checkpoint of ``fastres train``; or the name of torchvision's weights, such as ``"IMAGENET1K_V1"``.
+        options: of the family, such as ``num_classes``, ``version``, ``shortcut``, ``in_channels``, ``memory``.
+
+    Raises:
+        ModelError: unknown name or option, weights of another architecture. CheckpointError: unreadable weights.
+    """
+    builder = _builders[_known(name)]
+    try:
+        model = builder(fused=fused, **options)
+    except TypeError as error:
+        raise ModelError(f"model {name!r}: {error}") from error
+    if weights is not None:
+        load_weights(model, name, weights)
+    return model
+
+
+def load_weights(model: nn.Module, name: str, weights: str | Path) -> None:
+    """Loads a file or torchvision's named weights into ``model``, strictly."""
+    path = Path(weights)
+    looks_like_file = path.exists() or path.suffix in (".pt", ".pth", ".safetensors") or len(path.parts) > 1
+    if not looks_like_file and getattr(model, "config", {}).get("version") == "v1":
+        raise ModelError(f"torchvision's weights are of version v1.5, but {name!r} was built as v1")
+    state = _read(path) if looks_like_file else _torchvision_weights(name, str(weights))
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise ModelError(f"{weights}: {error}") from error
+
+
+def _read(path: Path) -> dict[str, Any]:
+    import torch
+
+    if not path.exists():
+        raise CheckpointError(f"no such file: {path}")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise CheckpointError(f"{path} can't be read: {error}") from error
+    if isinstance(content, dict) and "model" in content and isinstance(content["model"], dict):
+        content = content["model"]
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} holds a {type(content).__name__}, expected a state dict")
+    return content
+
+
+def _torchvision_weights(name: str, weights: str) -> dict[str, Any]:
+    try:
+        from torchvision.models import get_model_weights
+    except (ImportError, RuntimeError) as error:
+        raise ModelError(f"weights={weights!r} names torchvision's weights, but torchvision can't be used: {error}") from error
+    try:
+        return get_model_weights(name)[weights].get_state_dict(progress=False, check_hash=True)
+    except (KeyError, ValueError) as error:
+        raise ModelError(f"torchvision has no weights {weights!r} for {name!r}, and no such file exists") from error
+    except OSError as error:
+        raise CheckpointError(f"torchvision's weights {weights!r} for {name!r} can't be downloaded: {error}") from error

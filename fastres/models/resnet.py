@@ -1,0 +1,253 @@
+"""Plain and residual networks of 1512.03385: ImageNet (Table 1, Fig. 3) and CIFAR (section 4.2)."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastres.errors import ModelError
+from fastres.nn.blocks import BasicBlock, Bottleneck, Memory, ResidualBlock, Shortcut
+from fastres.nn.functional import (
+    channels_last,
+    fused_conv_bn_act,
+    fused_pool,
+    materialize,
+    plain_conv_bn_act,
+)
+
+from . import registry
+from .base import Network, initialise
+from .registry import ModelInfo
+
+VERSIONS = ("v1.5", "v1")
+SHORTCUTS = ("A", "B", "C", "none")
+MEMORY = ("default", "recompute")
+
+
+def _one_of(option: str, value: Any, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ModelError(f"{option}={value!r}: expected one of {', '.join(map(repr, allowed))}")
+
+
+def _positive(option: str, value: Any) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ModelError(f"{option}={value!r}: expected a positive integer")
+
+
+class _ResidualNetwork(Network):
+    """Stem, stages of blocks, global average pool, fully connected layer."""
+
+    conv1: nn.Conv2d
+    bn1: nn.BatchNorm2d
+    stages: tuple[str, ...]
+    fused: bool
+
+    def make_stages(
+        self,
+        block: type[ResidualBlock],
+        blocks: tuple[int, ...],
+        widths: tuple[int, ...],
+        **options: Any,
+    ) -> int:
+        """Adds layer1, layer2, …; returns the channels of the last one. The first block of later stages has stride 2."""
+        channels = widths[0]
+        names = []
+        for i, (n, width) in enumerate(zip(blocks, widths, strict=True)):
+            stage = nn.Sequential()
+            for j in range(n):
+                stride = 2 if i > 0 and j == 0 else 1
+                stage.append(block(channels, width, stride, **options))
+                channels = width * block.expansion
+            names.append(f"layer{i + 1}")
+            self.add_module(names[-1], stage)
+        self.stages = tuple(names)
+        return channels
+
+    def stem(self, x: Tensor) -> Tensor:
+        raise AssertionError("a family defines its stem")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, in_channels, H, W] -> logits [N, num_classes].
+
+        Raises:
+            InputError: wrong shape, dtype or device. ValueError: one value per channel in training, as PyTorch.
+        """
+        self.check_input(x)
+        x = self.stem(channels_last(x) if self.fused else x)
+        for name in self.stages:
+            x = getattr(self, name)(x)
+        return self.fc(torch.flatten(F.adaptive_avg_pool2d(x, 1), 1))
+
+
+class ResNet(_ResidualNetwork):
+    """ImageNet networks of Table 1: 7x7/2 stem, 3x3/2 max-pool, four stages; keys as torchvision's.
+
+    Args:
+        block: BasicBlock or Bottleneck. blocks: how many per stage.
+        fused: fused kernels, or plain PyTorch modules (the reference).
+        version: "v1.5" (stride of a bottleneck on the 3x3: torchvision) or "v1" (on the first 1x1: the paper).
+        shortcut: "A", "B", "C" (section 3.3) or "none" for plain nets.
+        memory: "default" saves raw outputs and block ends for backward; "recompute" drops each block's last raw output.
+    """
+
+    def __init__(
+        self,
+        block: type[ResidualBlock],
+        blocks: tuple[int, ...],
+        *,
+        fused: bool = True,
+        version: str = "v1.5",
+        shortcut: Shortcut = "B",
+        num_classes: int = 1000,
+        in_channels: int = 3,
+        memory: Memory = "default",
+        name: str = "resnet",
+    ) -> None:
+        super().__init__()
+        _one_of("version", version, VERSIONS)
+        _one_of("shortcut", shortcut, SHORTCUTS)
+        _one_of("memory", memory, MEMORY)
+        _positive("num_classes", num_classes)
+        _positive("in_channels", in_channels)
+        self.config = {
+            "name": name, "version": version, "shortcut": shortcut, "num_classes": num_classes,
+            "in_channels": in_channels, "memory": memory,
+        }  # fmt: skip
+        self.fused, self.in_channels = fused, in_channels
+        self.conv1 = nn.Conv2d(in_channels, 64, 7, 2, 3, bias=False)
+        self.bn1 = nn.BatchNorm2d(64)
+        self.relu = nn.ReLU(inplace=True)
+        self.maxpool = nn.MaxPool2d(3, 2, 1)
+        options = {"shortcut": shortcut, "fused": fused, "memory": memory, "version": version}
+        channels = self.make_stages(block, blocks, (64, 128, 256, 512), **options)
+        self.avgpool = nn.AdaptiveAvgPool2d(1)
+        self.fc = nn.Linear(channels, num_classes)
+        initialise(self)
+
+    def stem(self, x: Tensor) -> Tensor:
+        if not self.fused:
+            return self.maxpool(plain_conv_bn_act(x, self.conv1, self.bn1, True))
+        return fused_pool(fused_conv_bn_act(x, self.conv1, self.bn1, True), self.maxpool)
+
+
+class CifarResNet(_ResidualNetwork):
+    """CIFAR networks of section 4.2, depth 6n+2: 3x3 stem of 16 channels, three stages (16, 32, 64), option A.
+
+    Args: as :class:`ResNet`; ``blocks_per_stage`` is n.
+    """
+
+    def __init__(
+        self,
+        blocks_per_stage: int,
+        *,
+        fused: bool = True,
+        shortcut: Shortcut = "A",
+        num_classes: int = 10,
+        in_channels: int = 3,
+        memory: Memory = "default",
+        name: str = "cifar_resnet",
+    ) -> None:
+        super().__init__()
+        _one_of("shortcut", shortcut, SHORTCUTS)
+        _one_of("memory", memory, MEMORY)
+        _positive("num_classes", num_classes)
+        _positive("in_channels", in_channels)
+        self.config = {
+            "name": name, "shortcut": shortcut, "num_classes": num_classes, "in_channels": in_channels, "memory": memory,
+        }  # fmt: skip
+        self.fused, self.in_channels = fused, in_channels
+        self.conv1 = nn.Conv2d(in_channels, 16, 3, 1, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(16)
+        options = {"shortcut": shortcut, "fused": fused, "memory": memory}
+        channels = self.make_stages(BasicBlock, (blocks_per_stage,) * 3, (16, 32, 64), **options)
+        self.fc = nn.Linear(channels, num_classes)
+        initialise(self)
+
+    def stem(self, x: Tensor) -> Tensor:
+        layer = fused_conv_bn_act if self.fused else plain_conv_bn_act
+        return materialize(layer(x, self.conv1, self.bn1, True))
+
+
+Weights = str | Path | None
+_IMAGENET: dict[int, tuple[type[ResidualBlock], tuple[int, ...], int, int]] = {
+    # depth: block, blocks per stage, parameters and MACs of option B, v1.5 (systems of 1512.03385, Table 1)
+    18: (BasicBlock, (2, 2, 2, 2), 11_689_512, 1_814_073_344),
+    34: (BasicBlock, (3, 4, 6, 3), 21_797_672, 3_663_761_408),
+    50: (Bottleneck, (3, 4, 6, 3), 25_557_032, 4_089_184_256),
+    101: (Bottleneck, (3, 4, 23, 3), 44_549_160, 7_801_405_440),
+    152: (Bottleneck, (3, 8, 36, 3), 60_192_808, 11_513_626_624),
+}
+_PLAIN = {18: (11_515_688, 1_794_805_760), 34: (21_623_848, 3_644_493_824)}
+_CIFAR: dict[int, tuple[int, int]] = {  # depth: parameters and MACs, plain and option A alike
+    20: (269_722, 40_551_040),
+    32: (464_154, 68_862_592),
+    44: (658_586, 97_174_144),
+    56: (853_018, 125_485_696),
+    110: (1_727_962, 252_887_680),
+    1202: (19_421_274, 2_829_238_912),
+}
+
+
+def _builder(name: str, cls: type[_ResidualNetwork], *args: Any, fixed: dict[str, Any] | None = None):
+    """A constructor with the family's options; ``fixed`` ones can't be changed by the caller."""
+    fixed = fixed or {}
+
+    def build(fused: bool = True, **options: Any) -> _ResidualNetwork:
+        taken = sorted(set(options) & {*fixed, "name"})
+        if taken:
+            raise ModelError(f"model {name!r} fixes {', '.join(taken)}")
+        return cls(*args, fused=fused, name=name, **fixed, **options)
+
+    return build
+
+
+def _register_all() -> None:
+    paper = "1512.03385"
+    for depth, (block, blocks, params, macs) in _IMAGENET.items():
+        name = f"resnet{depth}"
+        info = ModelInfo(name, "resnet", f"{paper}, Table 1", "imagenet", (3, 224, 224), 1000, params, macs)
+        registry.register(info, _builder(name, ResNet, block, blocks))
+    for depth, (params, macs) in _PLAIN.items():
+        name = f"plain{depth}"
+        info = ModelInfo(name, "plain", f"{paper}, Table 1", "imagenet", (3, 224, 224), 1000, params, macs)
+        fixed = {"shortcut": "none"}
+        registry.register(info, _builder(name, ResNet, BasicBlock, _IMAGENET[depth][1], fixed=fixed))
+    for depth, (params, macs) in _CIFAR.items():
+        name = f"resnet{depth}"
+        info = ModelInfo(name, "cifar_resnet", f"{paper}, section 4.2", "cifar", (3, 32, 32), 10, params, macs)
+        registry.register(info, _builder(name, CifarResNet, (depth - 2) // 6))
+    for depth, (params, macs) in _CIFAR.items():
+        if depth <= 110:
+            name = f"plain{depth}"
+            info = ModelInfo(name, "cifar_plain", f"{paper}, section 4.2", "cifar", (3, 32, 32), 10, params, macs)
+            registry.register(info, _builder(name, CifarResNet, (depth - 2) // 6, fixed={"shortcut": "none"}))
+
+
+_register_all()
+
+
+def resnet18(fused: bool = True, weights: Weights = None, **options: Any) -> ResNet:
+    """ResNet-18. Options: version, shortcut, num_classes, in_channels, memory; see :class:`ResNet`."""
+    return registry.create_model("resnet18", fused, weights, **options)  # type: ignore[return-value]
+
+
+def resnet34(fused: bool = True, weights: Weights = None, **options: Any) -> ResNet:
+    """ResNet-34. Options: version, shortcut, num_classes, in_channels, memory; see :class:`ResNet`."""
+    return registry.create_model("resnet34", fused, weights, **options)  # type: ignore[return-value]
+
+
+def resnet50(fused: bool = True, weights: Weights = None, **options: Any) -> ResNet:
+    """ResNet-50. Options: version, shortcut, num_classes, in_channels, memory; see :class:`ResNet`."""
+    return registry.create_model("resnet50", fused, weights, **options)  # type: ignore[return-value]
+
+
+def resnet101(fused: bool = True, weights: Weights = None, **options: Any) -> ResNet:
+    """ResNet-101. Options: version, shortcut, num_classes, in_channels, memory; see :class:`ResNet`."""
+    return registry.create_model("resnet101", fused, weights, **options)  # type: ignore[return-value]
+
+
+def resnet152(fused: bool = True, weights: Weights = None, **options: Any) -> ResNet:
+    """ResNet-152. Options: version, shortcut, num_classes, in_channels, memory; see :class:`ResNet`."""
+    return registry.create_model("resnet152", fused, weights, **options)  # type: ignore[return-value]

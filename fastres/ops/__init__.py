@@ -1,0 +1,55 @@
+"""The ops: schemas, fake kernels, autograd and implementations in one table, and the public functions over them."""
+
+from functools import partial
+from importlib import import_module
+
+import torch
+
+from fastres import _library
+
+from . import autograd, fakes
+from .schemas import HELPERS, LIBRARY, OPS, define_all, op_name
+
+
+def _register() -> None:
+    define_all()
+    for op, schema in OPS.items():
+        for backend in schema.backends:
+            if backend in ("reference", "library"):  # plain Python over ATen, any device
+                module = import_module(f"fastres.kernels.{op}.{backend}")
+                LIBRARY.impl(op_name(op, backend), module.forward, "CompositeExplicitAutograd")
+                LIBRARY.impl(op_name(op, backend, "backward"), module.backward, "CompositeExplicitAutograd")
+                for suffix, _ in schema.extra:
+                    name = op_name(op, backend, suffix)
+                    LIBRARY.impl(name, getattr(module, suffix), "CompositeExplicitAutograd")
+            _register_rules(op, backend, tuple(suffix for suffix, _ in schema.extra))
+    for name in HELPERS:
+        torch.library.register_fake(f"fastres::{name}", getattr(fakes, name), lib=LIBRARY)
+
+
+def _register_rules(op: str, backend: str, extra: tuple[str, ...]) -> None:
+    forward, backward = f"fastres::{op_name(op, backend)}", f"fastres::{op_name(op, backend, 'backward')}"
+    formula = autograd.FORMULAS[op]
+    torch.library.register_fake(forward, getattr(fakes, op), lib=LIBRARY)
+    torch.library.register_fake(backward, getattr(fakes, f"{op}_backward"), lib=LIBRARY)
+    for suffix in extra:
+        fake = getattr(fakes, f"{op}_{suffix}")
+        torch.library.register_fake(f"fastres::{op_name(op, backend, suffix)}", fake, lib=LIBRARY)
+    torch.library.register_autograd(
+        forward, partial(formula.backward, backend), setup_context=formula.setup_context, lib=LIBRARY
+    )
+    torch.library.register_autograd(backward, autograd.no_double_backward(op), lib=LIBRARY)
+
+
+_register()
+_library.load()
+
+from .functional import (  # noqa: E402  (the functions need the registered table)
+    bn_coefficients,
+    conv_act,
+    conv_stats,
+    scale_shift_act,
+    scale_shift_act_pool,
+)
+
+__all__ = ["bn_coefficients", "conv_act", "conv_stats", "scale_shift_act", "scale_shift_act_pool"]

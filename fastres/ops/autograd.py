@@ -1,0 +1,161 @@
+"""THE table, part three: how every op differentiates. One formula per op; a backend's forward goes with its backward.
+
+What is saved: raw convolution outputs, per-channel vectors and block ends. Activated maps are never saved; the backward
+ops recompute them.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from .recipes import saved_form
+from .schemas import overload
+
+
+def _save(ctx: Any, x: Tensor | None, *rest: Tensor | None) -> None:
+    """Saves ``x``, or what rebuilds it, and then the rest."""
+    tensors, ctx.rebuild = saved_form(x) if x is not None else ((None,), None)
+    ctx.recipe_length = len(tensors)
+    ctx.save_for_backward(*tensors, *rest)
+    ctx.set_materialize_grads(False)
+
+
+def _saved(ctx: Any) -> tuple[Any, ...]:
+    tensors = ctx.saved_tensors
+    head, rest = tensors[: ctx.recipe_length], tensors[ctx.recipe_length :]
+    return (head[0] if ctx.rebuild is None else ctx.rebuild(*head), *rest)
+
+
+def _or_none(grad: Tensor, wanted: bool) -> Tensor | None:
+    return grad if wanted else None
+
+
+class ConvStats:
+    """Inputs: x, weight, scale, center, shift, relu, stride, padding, dilation, groups, stats."""
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, weight, scale, center, shift, relu, stride, padding, dilation, groups, stats = inputs
+        y, mean, _ = output
+        # y and mean only enter the gradient through the statistics
+        _save(ctx, x, weight, scale, center, shift, y if stats else None, mean if stats else None)
+        ctx.args = (relu, stride, padding, dilation, groups)
+
+    @staticmethod
+    def backward(backend: str, ctx, grad_y, grad_mean, grad_var):
+        none = (None,) * 11
+        if grad_y is None and grad_mean is None and grad_var is None:
+            return none
+        x, weight, scale, center, shift, y, mean = _saved(ctx)
+        needs = ctx.needs_input_grad
+        need_input = needs[0] or needs[2] or needs[4]
+        if y is None:
+            y, mean = grad_y, grad_y.new_empty(0)
+        grads = overload("conv_stats", backend, "backward")(
+            grad_y, grad_mean, grad_var, x, weight, y, mean, scale, center, shift, *ctx.args, need_input, needs[1]
+        )
+        grad_x, grad_weight, grad_scale, grad_shift = (
+            _or_none(g, need) for g, need in zip(grads, (needs[0], needs[1], needs[2], needs[4]), strict=True)
+        )
+        return grad_x, grad_weight, grad_scale, None, grad_shift, None, None, None, None, None, None
+
+
+class ScaleShiftAct:
+    """Inputs: y, scale, center, shift, residual, res_scale, res_center, res_shift, relu."""
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        y, scale, center, shift, residual, res_scale, res_center, res_shift, relu = inputs
+        # The mask is recomputed from y and the residual, which the block saves anyway; its result is not saved here.
+        kept = residual if relu or res_scale is not None else None
+        ctx.has_residual = residual is not None
+        _save(ctx, kept, y, scale, center, shift, res_scale, res_center, res_shift)
+        ctx.relu = relu
+
+    @staticmethod
+    def backward(backend: str, ctx, grad):
+        if grad is None:
+            return (None,) * 9
+        residual, *rest = _saved(ctx)
+        y, scale, center, shift, res_scale, res_center, res_shift = rest
+        needs = ctx.needs_input_grad
+        g_y, g_scale, g_shift, g_res, g_rscale, g_rshift = overload("scale_shift_act", backend, "backward")(
+            grad, y, scale, center, shift, residual, res_scale, res_center, res_shift, ctx.relu, needs[4]
+        )
+        if ctx.has_residual and res_scale is None and not ctx.relu:
+            g_res = grad
+        return (
+            _or_none(g_y, needs[0]), _or_none(g_scale, needs[1]), None, _or_none(g_shift, needs[3]),
+            _or_none(g_res, needs[4]), _or_none(g_rscale, needs[5]), None, _or_none(g_rshift, needs[7]), None,
+        )  # fmt: skip
+
+
+class ScaleShiftActPool:
+    """Inputs: y, scale, center, shift, relu, kernel, stride, padding."""
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        y, scale, center, shift, *ctx.args = inputs
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(y, scale, center, shift, output[1])
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(backend: str, ctx, grad, _grad_index):
+        if grad is None:
+            return (None,) * 8
+        y, scale, center, shift, index = ctx.saved_tensors
+        needs = ctx.needs_input_grad
+        g_y, g_scale, g_shift = overload("scale_shift_act_pool", backend, "backward")(
+            grad, index, y, scale, center, shift, *ctx.args
+        )
+        return (
+            _or_none(g_y, needs[0]), _or_none(g_scale, needs[1]), None, _or_none(g_shift, needs[3]),
+            None, None, None, None,
+        )  # fmt: skip
+
+
+class ConvAct:
+    """Inputs: x, weight, bias, residual, relu, stride, padding, dilation, groups."""
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, weight, bias, _residual, *ctx.args = inputs
+        relu = ctx.args[0]
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        _save(ctx, x, weight, output if relu else None)
+
+    @staticmethod
+    def backward(backend: str, ctx, grad):
+        if grad is None:
+            return (None,) * 9
+        x, weight, out = _saved(ctx)
+        needs = ctx.needs_input_grad
+        grads = overload("conv_act", backend, "backward")(
+            grad, x, weight, grad if out is None else out, *ctx.args, *needs[:4]
+        )
+        g_x, g_weight, g_bias, g_res = (_or_none(g, need) for g, need in zip(grads, needs[:4], strict=True))
+        if g_bias is not None:
+            g_bias = g_bias.to(ctx.bias_dtype)
+        return g_x, g_weight, g_bias, g_res, None, None, None, None, None
+
+
+FORMULAS: dict[str, Any] = {
+    "conv_stats": ConvStats,
+    "scale_shift_act": ScaleShiftAct,
+    "scale_shift_act_pool": ScaleShiftActPool,
+    "conv_act": ConvAct,
+}
+
+
+def no_double_backward(op: str) -> Callable[..., Any]:
+    """The backward of a backward op: an explicit error instead of silence."""
+
+    def backward(ctx, *grads):
+        raise RuntimeError(
+            f"fastres: double backward of {op} is not supported (its backward was differentiated, probably with "
+            "create_graph=True). Use the reference model (fused=False) where second derivatives are needed."
+        )
+
+    return backward

@@ -1,0 +1,236 @@
+"""The public, stateless API of the ops: checks, autocast, backend choice. Shapes: N images, C channels in, K out."""
+
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from fastres import backends
+from fastres.errors import InputError
+from fastres.kernels.bn_coefficients.reference import forward as bn_coefficients
+
+from . import recipes
+from .schemas import overload
+
+__all__ = ["bn_coefficients", "conv_act", "conv_stats", "scale_shift_act", "scale_shift_act_pool"]
+
+Size2 = int | Sequence[int]
+
+
+def _pair(value: Size2) -> list[int]:
+    return [value, value] if isinstance(value, int) else list(value)
+
+
+def _autocast(*tensors: Tensor | None) -> list[Tensor | None]:
+    """Casts maps and conv weights to autocast's dtype, as PyTorch's own convolutions do; coefficients keep theirs."""
+    device = next(t for t in tensors if t is not None).device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return list(tensors)
+    dtype = torch.get_autocast_dtype(device)
+    return [
+        t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors
+    ]
+
+
+def check_map(name: str, x: Tensor, channels: int | None = None) -> None:
+    """Raises InputError unless ``x`` is a floating-point [N, C, H, W] map with ``channels`` channels."""
+    if x.dim() != 4:
+        raise InputError(f"{name}: expected a 4-D tensor [N, C, H, W], got {x.dim()}-D with shape {list(x.shape)}")
+    if not x.is_floating_point():
+        raise InputError(f"{name}: expected a floating-point tensor, got {x.dtype}; convert it, e.g. images.float() / 255")
+    if channels is not None and x.shape[1] != channels:
+        raise InputError(f"{name}: expected {channels} channels, got {x.shape[1]} (shape {list(x.shape)})")
+
+
+def _check_conv(op: str, x: Tensor, weight: Tensor, groups: int) -> None:
+    if weight.dim() != 4:
+        raise InputError(f"{op}: weight must be [K, C/groups, R, S], got shape {list(weight.shape)}")
+    check_map(f"{op} input", x, weight.shape[1] * groups)
+    if x.device != weight.device:
+        raise InputError(f"{op}: input is on {x.device}, but weight is on {weight.device}; move one of them")
+    if x.dtype != weight.dtype:
+        raise InputError(f"{op}: input is {x.dtype}, but weight is {weight.dtype}; convert one, or use autocast")
+
+
+def _check_vectors(op: str, like: Tensor, channels: int, **vectors: Tensor | None) -> None:
+    given = [name for name, v in vectors.items() if v is not None]
+    if given and len(given) != len(vectors):
+        missing = [name for name in vectors if name not in given]
+        raise InputError(f"{op}: {', '.join(given)} given without {', '.join(missing)}")
+    for name, v in vectors.items():
+        if v is not None and (v.dim() != 1 or v.shape[0] != channels):
+            raise InputError(f"{op}: {name} must be [{channels}], one value per channel, got shape {list(v.shape)}")
+        if v is not None and v.device != like.device:
+            raise InputError(f"{op}: {name} is on {v.device}, but the map is on {like.device}")
+
+
+def conv_stats(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None = None,
+    center: Tensor | None = None,
+    shift: Tensor | None = None,
+    *,
+    relu: bool = False,
+    stride: Size2 = 1,
+    padding: Size2 = 0,
+    dilation: Size2 = 1,
+    groups: int = 1,
+    stats: bool = True,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Convolution of an activation that is applied on the fly, with the statistics of its result.
+
+    Args:
+        x: [N, C, H, W], fp32, bf16, fp16 or fp64.
+        weight: [K, C/groups, R, S], dtype of ``x``.
+        scale, center, shift: [C] each, or all None. The input becomes ``act(scale·(x − center) + shift)``; ``act`` is
+            ReLU if ``relu``. Zero padding is applied after that. ``center`` is a constant to autograd.
+        stride, padding, dilation: int or pair.
+        stats: whether to take the statistics; without them ``mean`` and ``var`` are empty.
+
+    Returns:
+        y [N, K, P, Q] in the dtype of ``x``; mean [K] and biased variance [K] over N·P·Q in float32 (float64 for fp64).
+
+    Raises:
+        InputError: wrong shapes, dtypes or devices. BackendError: a requested backend can't serve.
+    """
+    x, weight = _autocast(x, weight)  # type: ignore[assignment]
+    _check_conv("conv_stats", x, weight, groups)
+    _check_vectors("conv_stats", x, x.shape[1], scale=scale, center=center, shift=shift)
+    backend = backends.select("conv_stats", x).backend
+    return overload("conv_stats", backend)(
+        x, weight, scale, center, shift, relu, _pair(stride), _pair(padding), _pair(dilation), groups, stats
+    )
+
+
+def scale_shift_act(
+    y: Tensor,
+    scale: Tensor,
+    center: Tensor,
+    shift: Tensor,
+    residual: Tensor | None = None,
+    res_scale: Tensor | None = None,
+    res_center: Tensor | None = None,
+    res_shift: Tensor | None = None,
+    *,
+    relu: bool = True,
+) -> Tensor:
+    """``act(scale·(y − center) + shift + r)``: the end of a residual block.
+
+    Args:
+        y: [N, C, H, W]. scale, center, shift: [C].
+        residual: [N, C, H, W] or None; r is the residual itself, or ``res_scale·(residual − res_center) + res_shift``
+            when its own coefficients ([C] each) are given, as for a projection shortcut.
+
+    Returns:
+        [N, C, H, W] in the dtype and memory format of ``y``; computed in float32 or wider and rounded once.
+
+    Raises:
+        InputError: wrong shapes, dtypes or devices. BackendError: a requested backend can't serve.
+    """
+    y, residual = _autocast(y, residual)  # type: ignore[assignment]
+    check_map("scale_shift_act input", y)
+    _check_vectors("scale_shift_act", y, y.shape[1], scale=scale, center=center, shift=shift)
+    if residual is not None:
+        if residual.shape != y.shape:
+            raise InputError(
+                f"scale_shift_act: residual has shape {list(residual.shape)}, but the map has {list(y.shape)}; a block "
+                "that changes shape needs a projection or padding shortcut"
+            )
+        if residual.device != y.device or residual.dtype != y.dtype:
+            raise InputError(
+                f"scale_shift_act: residual is {residual.dtype} on {residual.device}, the map {y.dtype} on {y.device}"
+            )
+    names = {"res_scale": res_scale, "res_center": res_center, "res_shift": res_shift}
+    _check_vectors("scale_shift_act", y, y.shape[1], **names)
+    backend = backends.select("scale_shift_act", y).backend
+    args = (y, scale, center, shift, residual, res_scale, res_center, res_shift)
+    forward = overload("scale_shift_act", backend)
+    out = forward(*args, relu)
+    if res_scale is not None:  # both raw maps are saved anyway: the result is rebuilt rather than saved
+        recipes.attach(out, partial(_rebuild, forward, relu), *(t for t in args if t is not None))
+    return out
+
+
+def _rebuild(forward, relu: bool, *tensors: Tensor) -> Tensor:
+    return forward(*tensors, relu)
+
+
+def scale_shift_act_pool(
+    y: Tensor,
+    scale: Tensor,
+    center: Tensor,
+    shift: Tensor,
+    *,
+    relu: bool = True,
+    kernel: int = 3,
+    stride: int = 2,
+    padding: int = 1,
+) -> Tensor:
+    """Max-pool of ``act(scale·(y − center) + shift)``, whose full-size map is never written: the stem of ImageNet nets.
+
+    Args:
+        y: [N, C, H, W]. scale, center, shift: [C]. kernel, stride, padding: of a floor-mode pool, kernel² ≤ 255.
+
+    Returns:
+        [N, C, P, Q] in the dtype and memory format of ``y``. Backward keeps 8-bit positions inside the windows.
+
+    Raises:
+        InputError: wrong shapes, dtypes or devices, or a window too large. BackendError: a requested backend can't serve.
+    """
+    (y,) = _autocast(y)  # type: ignore[assignment]
+    check_map("scale_shift_act_pool input", y)
+    _check_vectors("scale_shift_act_pool", y, y.shape[1], scale=scale, center=center, shift=shift)
+    if not (1 <= kernel <= 15 and stride >= 1 and 0 <= padding <= kernel // 2):
+        raise InputError(f"scale_shift_act_pool: kernel {kernel} (1…15), stride {stride} (≥ 1), padding {padding} (≤ kernel/2)")
+    if min(y.shape[2], y.shape[3]) + 2 * padding < kernel:
+        raise InputError(f"scale_shift_act_pool: a {kernel}x{kernel} window does not fit the map {list(y.shape)}")
+    backend = backends.select("scale_shift_act_pool", y).backend
+    args = (relu, kernel, stride, padding)
+    out, index = overload("scale_shift_act_pool", backend)(y, scale, center, shift, *args)
+    gather = overload("scale_shift_act_pool", backend, "gather")
+    return recipes.attach(out, partial(_regather, gather, args), y, scale, center, shift, index)
+
+
+def _regather(gather, args: tuple[bool, int, int, int], *tensors: Tensor) -> Tensor:
+    return gather(*tensors, *args)
+
+
+def conv_act(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    *,
+    relu: bool = True,
+    stride: Size2 = 1,
+    padding: Size2 = 0,
+    dilation: Size2 = 1,
+    groups: int = 1,
+) -> Tensor:
+    """``act(conv(x, weight) + bias + residual)``: a layer whose BatchNorm is folded into ``weight`` and ``bias``.
+
+    Args:
+        x: [N, C, H, W]. weight: [K, C/groups, R, S]. bias: [K] or None. residual: [N, K, P, Q] or None.
+
+    Returns:
+        [N, K, P, Q] in the dtype of ``x``.
+
+    Raises:
+        InputError: wrong shapes, dtypes or devices. BackendError: a requested backend can't serve.
+    """
+    x, weight, residual = _autocast(x, weight, residual)  # type: ignore[assignment]
+    _check_conv("conv_act", x, weight, groups)
+    _check_vectors("conv_act", x, weight.shape[0], bias=bias)
+    stride, padding, dilation = _pair(stride), _pair(padding), _pair(dilation)
+    if residual is not None:
+        sizes = zip(x.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True)
+        out_size = [(h + 2 * p - d * (r - 1) - 1) // s + 1 for h, r, s, p, d in sizes]
+        expected = [x.shape[0], weight.shape[0], *out_size]
+        if list(residual.shape) != expected:
+            raise InputError(f"conv_act: residual has shape {list(residual.shape)}, but the result has {expected}")
+        if residual.device != x.device or residual.dtype != x.dtype:
+            raise InputError(f"conv_act: residual is {residual.dtype} on {residual.device}, input {x.dtype} on {x.device}")
+    backend = backends.select("conv_act", x).backend
+    return overload("conv_act", backend)(x, weight, bias, residual, relu, stride, padding, dilation, groups)

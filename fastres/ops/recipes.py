@@ -1,0 +1,46 @@
+"""Recipes: how to rebuild an activation from raw tensors that are saved for backward anyway.
+
+A block that ends in ``relu(bn(y) + bn(shortcut))`` saves ``y`` and the shortcut's raw output; its result need not be
+saved as well when the next convolutions can rebuild it in one pointwise pass. The op that makes such a result attaches
+a recipe to it, and the ops that would save it for backward save the recipe's tensors instead. They go through
+``ctx.save_for_backward`` like any other, so hooks, version checks and memory accounting see them.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+_ATTRIBUTE = "_fastres_recipe"
+
+
+class Recipe(NamedTuple):
+    """``rebuild(*tensors)`` gives the tensor the recipe is attached to, bit for bit."""
+
+    rebuild: Callable[..., Tensor]
+    tensors: tuple[Tensor, ...]
+    version: int  # of the tensor when the recipe was attached; an in-place change makes the recipe void
+
+
+def attach(out: Tensor, rebuild: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    """Attaches a recipe to ``out`` if a backward pass may need it. Compiled graphs plan their memory themselves."""
+    if torch.compiler.is_compiling() or not out.requires_grad:
+        return out
+    setattr(out, _ATTRIBUTE, Recipe(rebuild, tuple(t.detach() for t in tensors), out._version))
+    return out
+
+
+def drop(out: Tensor) -> Tensor:
+    """Removes the recipe of ``out``: its tensors are not kept for backward after all."""
+    if hasattr(out, _ATTRIBUTE):
+        delattr(out, _ATTRIBUTE)
+    return out
+
+
+def saved_form(x: Tensor) -> tuple[tuple[Tensor, ...], Callable[..., Tensor] | None]:
+    """(tensors to save, how to rebuild ``x`` from them); ``((x,), None)`` for a tensor without a valid recipe."""
+    recipe = getattr(x, _ATTRIBUTE, None)
+    if recipe is None or recipe.version != x._version:
+        return (x,), None
+    return recipe.tensors, recipe.rebuild

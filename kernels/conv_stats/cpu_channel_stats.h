@@ -1,0 +1,121 @@
+// The statistics pass of conv_stats on the CPU: mean and biased variance per channel, and the way back.
+//
+// Bytes, for E elements of s bytes: forward reads y once (Es); backward reads y and the gradient and writes one (3Es).
+//
+// Each part is read twice, the second time from the cache. The first reading finds the part's mean, relative to its first row so that a
+// constant or a far-away mean costs no digits; the second takes the sums of (y - pivot) and (y - pivot)^2 with that mean as the pivot,
+// so the subtraction in M2 = sum2 - sum1^2/n removes next to nothing, whatever outlier the first row holds. Parts are then merged by
+// (count, mean, M2) in double (Chan, Golub and LeVeque 1983). A NaN or an infinity in a channel makes both of its results NaN.
+#pragma once
+
+#include "../common/cpu_problems.h"
+#include "../common/cpu_walk.h"
+
+namespace fastres::FASTRES_ISA {
+
+template <class T, bool Planes, bool Squares>
+struct StatsPass {
+  const ChannelStats& p;
+  const float* pivot;  // [C]
+  Sums<Planes, Squares ? 2 : 1> sums;
+
+  template <int K, bool Partial>
+  __attribute__((always_inline)) void block(const Block& b) {
+    const T* y = static_cast<const T*>(p.y) + b.offset;
+    Vec at[K], acc[Squares ? 2 : 1][K];
+    for (int k = 0; k < K; ++k) at[k] = channel_load<Planes, Partial>(pivot, b, k);
+    sums.template open<K, Partial>(b, acc);
+    for (int64_t r = 0; r < b.rows; ++r) {
+      for (int k = 0; k < K; ++k) {
+        Vec d = load<Vec, Partial>(y + r * b.stride + k * kWidth, b.lanes) - at[k];
+        if constexpr (Planes && Partial) {
+          // Lanes past the end read as 0 and would count as -pivot, since here all lanes are summed.
+          for (int64_t i = b.lanes; i < kWidth; ++i) d[i] = 0.0f;
+        }
+        acc[0][k] += d;
+        if constexpr (Squares) acc[1][k] = fma(d, d, acc[1][k]);
+      }
+    }
+    sums.template close<K, Partial>(b, acc);
+  }
+};
+
+template <class T, bool Planes>
+void channel_stats(const ChannelStats& p, int64_t begin, int64_t end) {
+  const int64_t C = p.shape.channels;
+  for (int64_t item = begin; item < end; ++item) {
+    const int64_t part = Planes ? item / C : item;
+    const int64_t first = Planes ? item % C : 0, last = Planes ? first + 1 : C;  // the channels of this item
+    float* pivot = p.partial + part * 3 * C;                                    // [3, C]
+    const int64_t n = positions_of_part(p.shape, part);
+    const int64_t start = Planes ? (part / pieces_of(p.shape) * C + first) * plane_of(p.shape) + part % pieces_of(p.shape) * kPieceElements
+                                 : part * rows_per_part(p.shape) * C;
+    for (int64_t c = first; c < last; ++c) pivot[c] = to_float(static_cast<const T*>(p.y)[start + c - first]);
+
+    StatsPass<T, Planes, false> mean{p, pivot, Sums<Planes, 1>::begin(pivot + C, C)};
+    walk<Planes>(p.shape, item, mean);
+    mean.sums.end(first);
+    for (int64_t c = first; c < last; ++c) pivot[c] += pivot[C + c] / static_cast<float>(n);
+
+    StatsPass<T, Planes, true> both{p, pivot, Sums<Planes, 2>::begin(pivot + C, C)};
+    walk<Planes>(p.shape, item, both);
+    both.sums.end(first);
+  }
+}
+
+// Merges the parts for the channels [begin, end): mean [C] and biased variance [C]. No elements at all give NaN, like torch.var.
+static inline void channel_stats_merge(const ChannelStats& p, int64_t begin, int64_t end, float* mean_out, float* var_out) {
+  const int64_t C = p.shape.channels, parts = parts_of(p.shape);
+  for (int64_t c = begin; c < end; ++c) {
+    double count = 0, mean = 0, m2 = 0;
+    for (int64_t part = 0; part < parts; ++part) {
+      const float* row = p.partial + part * 3 * C + c;
+      const double n = static_cast<double>(positions_of_part(p.shape, part));
+      const double s1 = row[C], part_mean = row[0] + s1 / n, part_m2 = row[2 * C] - s1 * s1 / n;
+      const double delta = part_mean - mean, total = count + n;
+      mean += delta * (n / total);
+      m2 += part_m2 + delta * delta * (count * n / total);
+      count = total;
+    }
+    const double nan = __builtin_nan("");
+    const double var = m2 / count;
+    mean_out[c] = static_cast<float>(count > 0 ? mean : nan);
+    // Rounding can leave a tiny negative sum of squares; a NaN must stay one.
+    var_out[c] = static_cast<float>(count > 0 ? (var < 0 ? 0.0 : var) : nan);
+  }
+}
+
+// out = grad_y + offset + slope*(y - mean)
+template <class T, bool Planes, bool HasGrad>
+struct StatsBackward {
+  const ChannelStatsBackward& p;
+
+  template <int K, bool Partial>
+  __attribute__((always_inline)) void block(const Block& b) const {
+    const T* y = static_cast<const T*>(p.y) + b.offset;
+    const T* grad = static_cast<const T*>(p.grad_y) + (HasGrad ? b.offset : 0);
+    T* out = static_cast<T*>(p.out) + b.offset;
+    Vec mean[K], offset[K], slope[K];
+    for (int k = 0; k < K; ++k) {
+      mean[k] = channel_load<Planes, Partial>(p.mean, b, k);
+      offset[k] = channel_load<Planes, Partial>(p.offset, b, k);
+      slope[k] = channel_load<Planes, Partial>(p.slope, b, k);
+    }
+    for (int64_t r = 0; r < b.rows; ++r) {
+      for (int k = 0; k < K; ++k) {
+        const int64_t at = r * b.stride + k * kWidth;
+        Vec g = fma(slope[k], load<Vec, Partial>(y + at, b.lanes) - mean[k], offset[k]);
+        if constexpr (HasGrad) g += load<Vec, Partial>(grad + at, b.lanes);
+        store<Partial>(out + at, g, b.lanes);
+      }
+    }
+  }
+};
+
+template <class T, bool Planes, bool HasGrad>
+void channel_stats_backward(const ChannelStatsBackward& p, int64_t begin, int64_t end) {
+  StatsBackward<T, Planes, HasGrad> body{p};
+  for (int64_t item = begin; item < end; ++item) walk<Planes>(p.shape, item, body);
+}
+
+}  // namespace fastres::FASTRES_ISA

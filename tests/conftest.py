@@ -1,0 +1,36 @@
+"""What every test gets: two threads, a seed, and ``require`` for packages that not every machine has."""
+
+import os
+
+# Threads that spin while they wait slow everything down where other programs run too; read when torch starts.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+import importlib
+import random
+from types import ModuleType
+
+import pytest
+import torch
+
+torch.set_num_threads(2)
+
+
+def require(name: str) -> ModuleType:
+    """Import an optional package; skip the test without it, but fail if FASTRES_CI=1 says that nothing may be missing."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        message = f"{name} can't be imported: {error}"
+        if os.environ.get("FASTRES_CI") == "1":
+            pytest.fail(f"{message} (FASTRES_CI=1 asks for every test)", pytrace=False)
+        pytest.skip(message)
+
+
+@pytest.fixture(autouse=True)
+def _seeds():
+    """The same random numbers in every order of the tests; settings that a test may have changed are put back."""
+    torch.manual_seed(0)
+    random.seed(0)
+    yield
+    torch.set_num_threads(2)
+    torch.use_deterministic_algorithms(False)

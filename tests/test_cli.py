@@ -1,0 +1,253 @@
+"""The command: what each subcommand prints and writes, exit codes, one-line errors."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+from conftest import require
+
+import fastres
+from fastres.cli import main
+from fastres.evaluate import parity
+from fastres.train.records import read_log
+
+SMALL = ["--epochs", "2", "--batch-size", "32", "--image-size", "16", "--limit", "96"]
+
+
+def command(capsys, *arguments):
+    """Exit code, standard output, standard error."""
+    capsys.readouterr()
+    try:
+        code = main([str(a) for a in arguments])
+    except SystemExit as stop:
+        code = stop.code or 0
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def fails(capsys, *arguments):
+    """The one line that a user's mistake gives."""
+    code, out, err = command(capsys, *arguments)
+    assert code == 2 and len(err.splitlines()) == 1 and "Traceback" not in out + err, err
+    return err.strip()
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    out = tmp_path_factory.mktemp("cli") / "run"
+    assert main(["train", "resnet20", "--out", str(out), *SMALL]) == 0
+    return out
+
+
+def test_help_and_version_are_quick(tmp_path):
+    program = (
+        "import sys, fastres.cli\ntry: fastres.cli.main(sys.argv[1:])\nfinally:\n"
+        " heavy = {'torchvision', 'nvidia.dali', 'matplotlib', 'sklearn', 'scipy', 'tensorboard', 'torch._dynamo'}\n"
+        " print('LOADED', sorted(heavy & set(sys.modules)), file=sys.stderr)"
+    )
+    for arguments in (["--help"], ["--version"], ["train", "--help"]):
+        done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, cwd=tmp_path)
+        assert done.returncode == 0 and "LOADED []" in done.stderr, done.stderr
+        assert ("usage: fastres" in done.stdout) == ("--help" in arguments)
+    module = subprocess.run([sys.executable, "-m", "fastres", "--version"], capture_output=True, text=True, check=True)
+    assert module.stdout.strip() == f"fastres {fastres.__version__}"
+
+
+def test_train_writes_everything_and_continues(trained, capsys):
+    names = {path.name.split(".")[0] for path in trained.iterdir()}
+    assert {"log", "checkpoint-last", "checkpoint-best", "config", "events"} <= names
+    config = yaml.safe_load((trained / "config.yaml").read_text())
+    assert config["model"] == "resnet20" and config["epochs"] == 2 and config["lr"] == 0.1 and config["fused"] is True
+    code, out, _ = command(capsys, "train", "--config", trained / "config.yaml", "--epochs", 3)
+    assert code == 0 and "continuing from" in out and "epochs 2 -> 3" in out
+    assert re.search(r"epoch 3/3 .*train loss \d.*test loss .*images/s +data wait", out)
+    assert re.search(r"best +│ +\d", out) and len(read_log(trained)) == 3
+    code, out, _ = command(capsys, "train", "resnet20", "--out", trained, *SMALL[:1], "3", *SMALL[2:])
+    assert code == 0 and "after epoch 3" in out and "epoch 4" not in out, "nothing is left to do"
+
+
+def test_eval_of_a_checkpoint(trained, capsys, tmp_path):
+    expected = read_log(trained)
+    code, out, _ = command(
+        capsys, "eval", trained / "checkpoint-last.pt", "--limit", 96, "--batch-size", 7, "--json", tmp_path / "f.json"
+    )
+    figures = json.loads((tmp_path / "f.json").read_text())
+    assert code == 0 and figures["samples"] == 96 and f"{figures['top1']:.2%}" in out
+    assert figures["top1"] == pytest.approx(expected[-1].test_acc, abs=1e-6)
+    code, out, _ = command(capsys, "eval", trained / "checkpoint-last.pt", "--no-fused", "--limit", 96)
+    assert code == 0 and "resnet20 (reference)" in out and f"{figures['top1']:.2%}" in out
+
+
+def test_a_terminal_gets_a_bar(capsys):
+    import io
+
+    from rich.console import Console
+
+    from fastres.train.progress import BarReporter, PlainReporter, make_reporter
+    from fastres.train.records import Row
+
+    row = Row(1, 10, 0.1, 1.5, 0.5, 1.25, 0.75, 100.0, 0.02, 3.0, 3.0)
+    for terminal, kind in ((True, BarReporter), (False, PlainReporter)):
+        text = io.StringIO()
+        reporter = make_reporter(Console(file=text, force_terminal=terminal, width=200))
+        assert isinstance(reporter, kind)
+        reporter.begin_epoch(1, 2, 10, 0)
+        reporter.step(5, 1.234, 0.5, 321.0, 0.02)
+        if terminal:
+            reporter._progress.refresh()
+        reporter.message("an image was left out")
+        reporter.end_epoch(row, 2, best=True)
+        reporter.close()
+        assert "an image was left out" in text.getvalue() and "75.00% *" in text.getvalue()
+        assert ("loss 1.234" in text.getvalue() and "321 img/s" in text.getvalue() and "data wait 2.0%" in text.getvalue()) == terminal
+
+
+def test_models_lists_and_filters(capsys):
+    code, out, _ = command(capsys, "models")
+    assert code == 0 and all(name in out for name in fastres.list_models())
+    code, out, _ = command(capsys, "models", "resnet5*")
+    assert code == 0 and "25,557,032" in out and "resnet56" in out and "resnet18" not in out
+    assert "no network matches 'vgg99'" in fails(capsys, "models", "vgg99")
+
+
+def test_explain_names_backends(capsys):
+    code, out, _ = command(capsys, "explain", "resnet20", "--mode", "train")
+    assert code == 0 and "conv_stats" in out and "library" in out
+
+
+def test_bench_checks_parity_and_writes_json(capsys, tmp_path):
+    arguments = ("bench", "resnet20", "--batch-size", 4, "--rounds", 3, "--threads", 2, "--json", tmp_path / "b.json")
+    code, out, _ = command(capsys, *arguments)
+    content = json.loads((tmp_path / "b.json").read_text())
+    assert code == 0 and [r["mode"] for r in content["results"]] == ["forward", "step"]
+    for result in content["results"]:
+        assert result["parity_error"] <= result["parity_allowed"]
+        for key in ("reference_s", "fused_s", "speed_up"):
+            assert 0 < result[key]["low"] <= result[key]["median"] <= result[key]["high"]
+    assert content["machine"]["torch"] == torch.__version__ and "speed-up" in out
+
+
+def test_bench_gives_no_figure_where_parity_fails(capsys, monkeypatch, tmp_path):
+    from fastres.cli import bench
+
+    honest = bench.make_pair
+
+    def wrong(options, device):
+        fused, plain, images, labels = honest(options, device)
+        with torch.no_grad():
+            fused.fc.bias[0] += 0.01
+        return fused, plain, images, labels
+
+    monkeypatch.setattr(bench, "make_pair", wrong)
+    code, out, _ = command(capsys, "bench", "resnet20", "--batch-size", 2, "--rounds", 1, "--json", tmp_path / "b.json")
+    assert code == 1 and out.count("FAILED") == 2
+    assert all("speed_up" not in result for result in json.loads((tmp_path / "b.json").read_text())["results"])
+
+
+def test_doctor_compares_every_op(capsys):
+    code, out, _ = command(capsys, "doctor")
+    assert code == 0 and "0 failed" in out and "FAILED" not in out
+    for word in ("torch", "nvidia.dali", "reference", "native", "conv_stats", "scale_shift_act_pool", "bfloat16", "not run"):
+        assert word in out, word
+
+
+@pytest.mark.parametrize("wrong", ["forward", "gradient"])
+def test_doctor_fails_when_an_op_disagrees(capsys, monkeypatch, wrong):
+    honest = parity._outcome
+
+    def broken(case, dtype, device, backend):
+        results = honest(case, dtype, device, backend)
+        if backend == "library" and dtype == torch.float32:
+            results[0 if wrong == "forward" else -1].flatten()[1] += 0.1
+        return results
+
+    monkeypatch.setattr(parity, "_outcome", broken)
+    code, out, _ = command(capsys, "doctor")
+    assert code == 1 and out.count("FAILED") == 4, "one row an op"
+
+
+def test_plot_draws_several_runs(trained, capsys, tmp_path):
+    require("matplotlib")
+    for name in ("curves.png", "curves.svg"):
+        code, out, _ = command(capsys, "plot", trained, trained, "-o", tmp_path / name)
+        assert code == 0 and name in out and (tmp_path / name).stat().st_size > 10000
+    assert "log.csv can't be read" in fails(capsys, "plot", tmp_path)
+    assert "can't write" in fails(capsys, "plot", trained, "-o", tmp_path / "curves.xyz")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "resnet21"], "unknown model 'resnet21'; close to resnet"),
+        (["train", "resnet20", "--lr", "fast"], "lr.*could not convert string to float: 'fast'"),
+        (["train", "resnet20", "--epochs", "0"], "epochs.*0"),
+        (["train", "resnet20", "--dtype", "fp8"], "dtype.*fp8"),
+        (["train", "resnet20", "--bogus"], "--bogus"),
+        (["train", "resnet20", "--data", "/nowhere"], "/nowhere does not exist; expected ROOT/train"),
+        (["train", "resnet20", "--resume", "/nowhere.pt"], "checkpoint /nowhere.pt does not exist"),
+        (["train", "resnet20", "--config", "/nowhere.yaml"], "/nowhere.yaml"),
+        (["train", "resnet20", "--data", "fashion-mnist", "--data-dir", "/nowhere"], r"looked at: /nowhere \(does not exist\)"),
+        (["train"], "model"),
+        (["eval", "/nowhere.pt"], "checkpoint /nowhere.pt does not exist"),
+        (["eval", "resnet20", "--data", "digits"], "resnet20 without --weights is untrained"),
+        (["eval", "resnet99", "--data", "digits"], "unknown model 'resnet99'"),
+        (["bench", "resnet99"], "unknown model 'resnet99'"),
+        (["explain", "resnet99"], "unknown model 'resnet99'"),
+        (["dance"], "dance"),
+        ([], "train"),
+    ],
+)
+def test_mistakes_give_one_line(capsys, monkeypatch, tmp_path, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    assert re.search(message, fails(capsys, *arguments))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_traceback_on_request(capsys):
+    code, _, err = command(capsys, "train", "resnet21", "--traceback")
+    assert code == 2 and "Traceback" in err and "ModelError" in err
+
+
+def test_a_broken_image_is_reported(capsys, tmp_path):
+    io = require("torchvision.io")
+    for split in ("train", "val"):
+        for name in ("a", "b"):
+            (tmp_path / "data" / split / name).mkdir(parents=True)
+            for index in range(6):
+                pixels = torch.randint(0, 255, (3, 40, 40), dtype=torch.uint8)
+                io.write_jpeg(pixels, str(tmp_path / "data" / split / name / f"{index}.jpg"))
+    bad = tmp_path / "data" / "train" / "a" / "0.jpg"
+    bad.write_bytes(bad.read_bytes()[:200])
+    arguments = ["train", "resnet20", "--data", tmp_path / "data", "--image-size", "32", "--batch-size", "4", "--epochs", "1"]
+    line = fails(capsys, *arguments, "--out", tmp_path / "stop")
+    assert f"{bad} can't be decoded" in line and "--on-bad-image=skip" in line
+    code, out, _ = command(capsys, *arguments, "--out", tmp_path / "skip", "--on-bad-image", "skip")
+    assert code == 0 and f"warning: left out {bad}" in out and "(1 bad images so far)" in out and "decoded by" in out
+
+
+def test_sigterm_saves_and_exits(tmp_path):
+    arguments = [sys.executable, "-u", "-m", "fastres", "train", "resnet20", "--out", str(tmp_path), "--image-size", "16"]
+    arguments += ["--epochs", "1000", "--batch-size", "32", "--limit", "96", "--threads", "1"]
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        for line in process.stdout:
+            if line.startswith("epoch"):
+                break
+        process.send_signal(signal.SIGTERM)
+        out, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM and err == "", err
+    assert "stopped by SIGTERM" in out and "the same command continues" in out
+    from fastres.train.checkpoint import load_checkpoint
+
+    assert load_checkpoint(tmp_path / "checkpoint-last.pt")["iteration"] > 0
+
+
+def test_a_closed_pipe_is_quiet():
+    program = f"{sys.executable} -m fastres models | true"
+    done = subprocess.run(["bash", "-c", f"set -o pipefail; {program}"], capture_output=True, text=True, env=os.environ)
+    assert "Traceback" not in done.stderr and "Exception" not in done.stderr
