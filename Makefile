@@ -81,7 +81,7 @@ lint: install
 	$(SAY) "clang-format"
 	@$(BIN)/clang-format --dry-run -Werror $(CPP_SOURCES)
 	$(SAY) "line limit and README tables"
-	@$(BIN)/python tools/check_lines.py && $(BIN)/python benchmarks/report.py --check
+	@$(BIN)/python tools/check_lines.py && $(BIN)/python -m benchmarks.report --check
 
 format: install
 	@$(BIN)/ruff check --fix . && $(BIN)/ruff format . && $(BIN)/clang-format -i $(CPP_SOURCES)

@@ -1,7 +1,7 @@
 """Parity before speed: a contender that computes something else has no figure.
 
-The rule is that of the tests (tests/parity.py): with everything measured against float64, the error may be at most twice
-the baseline's error in the same dtype plus a floor of a few units in the last place.
+The rule is that of the tests (tests/parity.py): with everything measured against float64, the error may be at most
+twice the baseline's error in the same dtype plus a floor of a few units in the last place.
 """
 
 import copy
@@ -23,7 +23,9 @@ def require(ours: Tensors, peer: Tensors, truth: Tensors, what: str, metric: str
     assert len(ours) == len(peer) == len(truth) and ours, f"{what}: {len(ours)}, {len(peer)}, {len(truth)} results"
     triples = zip(ours, peer, truth, strict=True)
     problems = [
-        f"result {i}: {p}" for i, (a, b, t) in enumerate(triples) if (p := check(a.detach(), b.detach(), t.detach(), metric))
+        f"result {i}: {p}"
+        for i, (a, b, t) in enumerate(triples)
+        if (p := check(a.detach(), b.detach(), t.detach(), metric))
     ]
     if problems:
         pytest.fail(f"no figure for {what}, parity failed: {'; '.join(problems)}", pytrace=False)
@@ -62,7 +64,10 @@ def require_network(
     for a, b, t in zip(mine[1:], theirs[1:], exact[1:], strict=True):
         own, other = error_of(a, t, "l2"), error_of(b, t, "l2")
         if not own <= SLACK * other + FLIPS:
-            pytest.fail(f"no figure for {what}, gradients off by {own:.3g}, allowed {SLACK:g} x {other:.3g} + {FLIPS:g}", pytrace=False)
+            pytest.fail(
+                f"no figure for {what}, gradients off by {own:.3g}, allowed {SLACK:g} x {other:.3g} + {FLIPS:g}",
+                pytrace=False,
+            )
 
 
 def network_outcome(model: nn.Module, forward: Callable[[nn.Module], Tensor], dtype: torch.dtype) -> list[Tensor]:

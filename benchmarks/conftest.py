@@ -10,7 +10,9 @@ import torch
 
 from benchmarks import record
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))  # parity.py: one tolerance rule for the project
+sys.path.insert(
+    0, str(Path(__file__).resolve().parent.parent / "tests")
+)  # parity.py: one tolerance rule for the project
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 ROWS = pytest.StashKey[list[record.Row]]()
@@ -18,7 +20,9 @@ ROWS = pytest.StashKey[list[record.Row]]()
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("fastres benchmarks")
-    group.addoption("--full", action="store_true", help="real sizes (batch 16, 224 pixels) and torch.compile as a baseline")
+    group.addoption(
+        "--full", action="store_true", help="real sizes (batch 16, 224 pixels) and torch.compile as a baseline"
+    )
     group.addoption(
         "--save-results", action="store_true", default=os.environ.get("FASTRES_BENCH_SAVE") == "1",
         help="write benchmarks/results/*.json (or FASTRES_BENCH_SAVE=1)",

@@ -50,8 +50,8 @@ class _Allocations(TorchDispatchMode):
 def held_bytes(model: nn.Module, x: Tensor) -> int:
     """What is really alive after the forward pass, kept by whatever means, found without autograd's hooks.
 
-    The cross-check of :func:`saved_bytes`: a module that hid maps in closures or attributes would show here. Parameters,
-    buffers and the input are older than the pass and not counted.
+    The cross-check of :func:`saved_bytes`: a module that hid maps in closures or attributes would show here.
+    Parameters, buffers and the input are older than the pass and not counted.
     """
     mine = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers(), x)}
     with _Allocations() as allocations:

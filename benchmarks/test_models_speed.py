@@ -1,4 +1,4 @@
-"""Whole networks, inference and training step, against plain PyTorch in channels_last: eager, and compiled with --full."""
+"""Whole networks, inference and training step, against plain PyTorch in channels_last: eager; --full: compiled too."""
 
 import copy
 

@@ -18,7 +18,7 @@ Call = Callable[[], object]
 
 @dataclass(frozen=True)
 class Ratio:
-    """``value`` = median(baseline) / median(ours), above 1 where ours is faster; quartiles of the ratios of the rounds."""
+    """``value`` = median(baseline) / median(ours), above 1 where ours is faster; quartiles of the rounds' ratios."""
 
     value: float
     low: float

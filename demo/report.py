@@ -35,12 +35,22 @@ def write(
     build = about["fastres"]
     step = next(r for r in benches[-1]["results"] if r["mode"] == "step")
     cards = [
-        (f"{evaluations['fused']['top1']:.1%}", f"test accuracy, fused (reference {evaluations['reference']['top1']:.1%})"),
-        (f"{step['speed_up']['median']:.2f}×" if "speed_up" in step else "–", f"speed of a training step of {benches[-1]['model']}, reference = 1"),
+        (
+            f"{evaluations['fused']['top1']:.1%}",
+            f"test accuracy, fused (reference {evaluations['reference']['top1']:.1%})",
+        ),
+        (
+            f"{step['speed_up']['median']:.2f}×" if "speed_up" in step else "–",
+            f"speed of a training step of {benches[-1]['model']}, reference = 1",
+        ),
         (f"{memory[-1][2] / memory[-1][1]:.0%}", f"of the reference's bytes saved for backward, {memory[-1][0]}"),
         (f"{memory[-1][3] / memory[-1][1]:.0%}", f"with memory=&quot;recompute&quot;, {memory[-1][0]}"),
     ]
-    native = "native CPU kernels, " + str(build["isa"]) if build["native"] else f"no native kernels ({build['native_error']})"
+    native = (
+        "native CPU kernels, " + str(build["isa"])
+        if build["native"]
+        else f"no native kernels ({build['native_error']})"
+    )
     page = Template((Path(__file__).parent / "report.template.html").read_text()).substitute(
         model=model,
         note=f'<p class="note">{NOTE_QUICK}</p>' if quick else "",
@@ -49,13 +59,28 @@ def write(
         evaluation=table(
             ("network", "test images", "top-1", "top-5", "loss", "training images/s (median)"),
             [
-                (kind, e["samples"], f"{e['top1']:.2%}", f"{e['top5']:.2%}", f"{e['loss']:.4f}", f"{throughput(logs[kind]):,.0f}")
+                (
+                    kind,
+                    e["samples"],
+                    f"{e['top1']:.2%}",
+                    f"{e['top5']:.2%}",
+                    f"{e['loss']:.4f}",
+                    f"{throughput(logs[kind]):,.0f}",
+                )
                 for kind, e in evaluations.items()
             ],
         ),
         timing_plot=image(timing(benches), "Speed of the fused networks, the reference being 1"),
         timing=table(
-            ("network", "batch", "mode", "reference", "fused", "speed-up (quartiles of the rounds)", "parity error (allowed)"),
+            (
+                "network",
+                "batch",
+                "mode",
+                "reference",
+                "fused",
+                "speed-up (quartiles of the rounds)",
+                "parity error (allowed)",
+            ),
             [row for bench in benches for row in timing_rows(bench)],
         ),
         memory=table(
@@ -64,8 +89,8 @@ def write(
         ),
         commands=table(("command", "seconds"), [(f"<code>{html.escape(c)}</code>", f"{s:.1f}") for c, s in commands]),
         machine=html.escape(
-            f"{about['cpu']}, {about['threads']} threads; torch {about['torch']}, fastres {build['version']} ({native}); "
-            f"everything after the installation took {seconds:.0f} s"
+            f"{about['cpu']}, {about['threads']} threads; torch {about['torch']}, "
+            f"fastres {build['version']} ({native}); everything after the installation took {seconds:.0f} s"
         ),
     )
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -75,7 +100,11 @@ def write(
 def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     """An HTML table; cells are given as HTML."""
     lines = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
-    return "<table><thead><tr>" + "".join(f"<th>{name}</th>" for name in head) + f"</tr></thead><tbody>{lines}</tbody></table>"
+    return (
+        "<table><thead><tr>"
+        + "".join(f"<th>{name}</th>" for name in head)
+        + f"</tr></thead><tbody>{lines}</tbody></table>"
+    )
 
 
 def image(svg: bytes, text: str) -> str:
@@ -99,7 +128,14 @@ def timing_rows(bench: dict[str, Any]) -> Iterable[tuple[str, ...]]:
         if "speed_up" in r:
             s = r["speed_up"]
             times = (f"{1e3 * r['reference_s']['median']:.1f} ms", f"{1e3 * r['fused_s']['median']:.1f} ms")
-            yield bench["model"], size, r["mode"], *times, f"{s['median']:.2f} ({s['low']:.2f} … {s['high']:.2f})", parity
+            yield (
+                bench["model"],
+                size,
+                r["mode"],
+                *times,
+                f"{s['median']:.2f} ({s['low']:.2f} … {s['high']:.2f})",
+                parity,
+            )
         else:
             yield bench["model"], size, r["mode"], "–", "–", "no figure: parity failed", parity
 
@@ -111,8 +147,12 @@ def curves(logs: dict[str, list[Any]]) -> bytes:
         epochs, style = [row.epoch for row in rows], {"color": COLOURS[kind], "lw": 2}
         dashes = {} if kind == "fused" else {"ls": (0, (4, 2))}
         axes[0].plot(epochs, [row.train_loss for row in rows], **style, **dashes, alpha=0.45, label=f"{kind}, training")
-        axes[0].plot(epochs, [row.test_loss for row in rows], **style, **dashes, marker="o", ms=4, label=f"{kind}, test")
-        axes[1].plot(epochs, [100 * (1 - row.test_acc) for row in rows], **style, **dashes, marker="o", ms=4, label=kind)
+        axes[0].plot(
+            epochs, [row.test_loss for row in rows], **style, **dashes, marker="o", ms=4, label=f"{kind}, test"
+        )
+        axes[1].plot(
+            epochs, [100 * (1 - row.test_acc) for row in rows], **style, **dashes, marker="o", ms=4, label=kind
+        )
     for axis, title in zip(axes, ("loss (nats)", "test error (%)"), strict=True):
         axis.set_title(title, loc="left", fontsize=10)
         axis.set_xlabel("epoch")

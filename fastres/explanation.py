@@ -23,8 +23,8 @@ _SHOWN = (nn.modules.conv._ConvNd, BatchNorm, nn.Linear, nn.modules.pooling._Max
 class ExplanationRow:
     """One op of one layer: what came in, who computed it, and why nobody preferred did.
 
-    ``layer`` is the path of the module, ``op`` an op of fastres or the class of an ordinary module, ``shape`` and ``dtype``
-    those of its input, ``backend`` the one taken (``"pytorch"`` for ordinary modules).
+    ``layer`` is the path of the module, ``op`` an op of fastres or the class of an ordinary module, ``shape`` and
+    ``dtype`` those of its input, ``backend`` the one taken (``"pytorch"`` for ordinary modules).
     """
 
     layer: str
@@ -51,7 +51,8 @@ class Explanation:
 
     def __str__(self) -> str:
         mode = "training" if self.training else "evaluation"
-        lines = [f"{self.network} in {mode} mode: {len(self.fused)} ops by fastres, {len(self.rows) - len(self.fused)} by PyTorch"]
+        own = len(self.fused)
+        lines = [f"{self.network} in {mode} mode: {own} ops by fastres, {len(self.rows) - own} by PyTorch"]
         reasons = list(dict.fromkeys(row.reasons for row in self.rows if row.reasons))
         marks = {text: f"({i})" for i, text in enumerate(reasons, 1)}
         cells = [
@@ -73,8 +74,8 @@ class Explanation:
 def explain(model: nn.Module, x: Any) -> Explanation:
     """Runs ``model`` once on ``x``, in the mode it is in and without gradients, and says who computed what.
 
-    Running statistics, other buffers and random states are as before afterwards. A model wrapped for data-parallel training
-    or by torch.compile is explained as the network inside.
+    Running statistics, other buffers and random states are as before afterwards. A model wrapped for data-parallel
+    training or by torch.compile is explained as the network inside.
 
     Args:
         model: a network of fastres, one from :func:`fastres.fuse`, or any other (which has no fused layers).
@@ -115,7 +116,7 @@ def _remarks(model: nn.Module, explanation: Explanation, report: Any) -> list[st
         return []
     name = type(model).__name__
     if any(is_fastres_layer(m) for m in model.modules()):
-        return [f"No layer ran fused: this {name} was built with fused=False. fastres.fuse(model) gives its fused form."]
+        return [f"No layer ran fused: this {name} was built with fused=False. fastres.fuse(model) gives it fused."]
     if isinstance(report, FusionReport):
         return ["No layer ran fused; model.fusion_report says why."]
     return [f"No layer ran fused: {name} is an ordinary PyTorch network. fastres.fuse(model) gives a fused one."]
@@ -132,9 +133,7 @@ def _why_plain(model: nn.Module, report: Any) -> dict[str, str]:
 
 
 @contextmanager
-def _watching(
-    model: nn.Module, found: Callable[[str, ExplanationRow], None], why: dict[str, str]
-) -> Iterator[None]:
+def _watching(model: nn.Module, found: Callable[[str, ExplanationRow], None], why: dict[str, str]) -> Iterator[None]:
     """Calls ``found`` for every convolution, BatchNorm, max-pool and linear module that runs by itself."""
 
     def hook_for(name: str) -> Callable[..., None]:
@@ -142,7 +141,8 @@ def _watching(
             first = next((v for v in inputs if isinstance(v, Tensor)), None)
             if first is not None:
                 reasons = (why[name],) if name in why else ()
-                found(name, ExplanationRow(name, type(module).__name__, tuple(first.shape), first.dtype, PLAIN, reasons))
+                op = type(module).__name__
+                found(name, ExplanationRow(name, op, tuple(first.shape), first.dtype, PLAIN, reasons))
 
         return hook
 
@@ -157,7 +157,8 @@ def _watching(
 @contextmanager
 def _unchanged(model: nn.Module) -> Iterator[None]:
     """Puts buffers and random states back as they were; buffers nobody wrote to are not touched."""
-    kept = [(module, dict(module._buffers)) for module in model.modules() if not isinstance(module, torch.jit.ScriptModule)]
+    python_modules = (m for m in model.modules() if not isinstance(m, torch.jit.ScriptModule))
+    kept = [(module, dict(module._buffers)) for module in python_modules]
     values = {id(b): (b, b.clone()) for _, buffers in kept for b in buffers.values() if b is not None}
     devices = sorted({b.device.index or 0 for b, _ in values.values() if b.device.type == "cuda"})
     python = random.getstate()

@@ -30,21 +30,21 @@ _WRAPPERS = {
 def fuse(model: nn.Module, example: Tensor | tuple[Any, ...] | None = None) -> nn.Module:
     """A fused network that shares the parameters and buffers of ``model``, which keeps working as it is.
 
-    Every Conv2d-BatchNorm2d, also with ReLU, an addition and ReLU, or a max-pool behind it, becomes one fused layer where
-    nobody else reads the values in between. Everything else runs as before. ``fused.fusion_report`` says what was fused,
-    what was not, and why. Keys, order and identity of parameters and buffers are the original's; modes, hooks and
-    ordinary attributes are separate.
+    Every Conv2d-BatchNorm2d, also with ReLU, an addition and ReLU, or a max-pool behind it, becomes one fused layer
+    where nobody else reads the values in between. Everything else runs as before. ``fused.fusion_report`` says what was
+    fused, what was not, and why. Keys, order and identity of parameters and buffers are the original's; modes, hooks
+    and ordinary attributes are separate.
 
-    The forward is recorded once: replacing a submodule (``fused.fc = nn.Linear(…)``) takes effect, a changed forward or a
-    hook set later on a fused layer does not. Where the forward itself asks for ``self.training``, the mode of the
-    whole network decides.
+    The forward is recorded once: replacing a submodule (``fused.fc = nn.Linear(…)``) takes effect, a changed forward or
+    a hook set later on a fused layer or on a block does not. Where the forward itself asks for ``self.training``, the
+    mode of the whole network decides.
 
     Args:
         model: of torchvision, timm, fastres (``fused=False``) or your own.
         example: an input, or a tuple of arguments, on which both networks are compared in evaluation mode.
 
     Raises:
-        FusionError: not a network, wrapped or compiled, a forward that can't be traced, or different results on ``example``.
+        FusionError: not a network, wrapped or compiled, a forward that can't be traced, other results on ``example``.
     """
     _check(model)
     if isinstance(model, FusedNetwork):
@@ -54,7 +54,9 @@ def fuse(model: nn.Module, example: Tensor | tuple[Any, ...] | None = None) -> n
     fused = _trace_and_rewrite(model)
     if example is not None:
         _compare(model, fused, example if isinstance(example, tuple) else (example,))
-    lost = fused.fusion_report.lost_hooks
+    report = fused.fusion_report
+    assert isinstance(report, FusionReport)
+    lost = report.lost_hooks
     if lost:
         warnings.warn(
             f"fastres.fuse: the hooks of {', '.join(lost)} don't fire in the fused network; see fused.fusion_report",
@@ -76,7 +78,8 @@ def _check(model: nn.Module) -> None:
     if lazy:
         raise FusionError(f"{lazy[0]} has no shape yet: run the network once before fusing it")
     if "forward" in vars(model):
-        raise FusionError(f"the forward of this {type(model).__name__} was replaced on the instance; fuse it before that")
+        name = type(model).__name__
+        raise FusionError(f"the forward of this {name} was replaced on the instance; fuse it before that")
 
 
 def _trace_and_rewrite(model: nn.Module) -> nn.Module:
@@ -101,8 +104,8 @@ def _trace_and_rewrite(model: nn.Module) -> nn.Module:
             report.lost_hooks = _lost_hooks(network, called)
     if len(graphs) == 2:
         report.notes.append(
-            "The forward differs between training and evaluation; the mode of the whole network decides. Layers are listed "
-            "as in training."
+            "The forward differs between training and evaluation; the mode of the whole network decides. Layers are "
+            "listed as in training."
         )
     programs = tuple(Program.of(graph) for graph, _ in graphs)
     cls = fused_class(base, programs)
@@ -133,7 +136,8 @@ def _report_leaves(report: FusionReport, network: nn.Module, leaves: dict[str, s
             if parent is None:
                 report.unfused.append(FusionRow((name,), "bn", "not called in this forward"))
             elif not is_fastres_layer(network.get_submodule(parent)):
-                reason = leaves.get(parent, f"{type(network.get_submodule(parent)).__name__} is one of its library's units")
+                kind = type(network.get_submodule(parent)).__name__
+                reason = leaves.get(parent, f"{kind} is one of its library's units")
                 report.unfused.append(FusionRow((name,), "bn", f"inside {parent}, which is kept whole: {reason}"))
 
 
@@ -201,6 +205,6 @@ def _compare(model: nn.Module, fused: nn.Module, example: tuple[Any, ...]) -> No
         torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3)
     except (AssertionError, TypeError) as error:
         raise FusionError(
-            f"the fused {type(model).__name__} gives other results than the original on the example, so its forward must do "
-            f"something a graph can't hold (a type check, a side effect …): {error}"
+            f"the fused {type(model).__name__} gives other results than the original on the example, so its forward does "
+            f"something a graph can't hold (a global that changes, a side effect …): {error}"
         ) from error

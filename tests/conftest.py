@@ -16,7 +16,7 @@ torch.set_num_threads(2)
 
 
 def require(name: str) -> ModuleType:
-    """Import an optional package; skip the test without it, but fail if FASTRES_CI=1 says that nothing may be missing."""
+    """Import an optional package; without it skip the test, or fail if FASTRES_CI=1 says that nothing may lack."""
     try:
         return importlib.import_module(name)
     except ImportError as error:

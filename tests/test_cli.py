@@ -17,6 +17,8 @@ from fastres.cli import main
 from fastres.evaluate import parity
 from fastres.train.records import read_log
 
+# torchvision has announced the end of its decoders; the loader goes on with Pillow then.
+pytestmark = pytest.mark.filterwarnings("ignore:The image decoding and encoding capabilities of TorchVision")
 SMALL = ["--epochs", "2", "--batch-size", "32", "--image-size", "16", "--limit", "96"]
 
 
@@ -45,14 +47,14 @@ def trained(tmp_path_factory):
     return out
 
 
-def test_help_and_version_are_quick(tmp_path):
+def test_help_and_version_are_quick():
     program = (
         "import sys, fastres.cli\ntry: fastres.cli.main(sys.argv[1:])\nfinally:\n"
         " heavy = {'torchvision', 'nvidia.dali', 'matplotlib', 'sklearn', 'scipy', 'tensorboard', 'torch._dynamo'}\n"
         " print('LOADED', sorted(heavy & set(sys.modules)), file=sys.stderr)"
     )
     for arguments in (["--help"], ["--version"], ["train", "--help"]):
-        done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, cwd=tmp_path)
+        done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True)
         assert done.returncode == 0 and "LOADED []" in done.stderr, done.stderr
         assert ("usage: fastres" in done.stdout) == ("--help" in arguments)
     module = subprocess.run([sys.executable, "-m", "fastres", "--version"], capture_output=True, text=True, check=True)
@@ -98,14 +100,15 @@ def test_a_terminal_gets_a_bar(capsys):
         reporter = make_reporter(Console(file=text, force_terminal=terminal, width=200))
         assert isinstance(reporter, kind)
         reporter.begin_epoch(1, 2, 10, 0)
-        reporter.step(5, 1.234, 0.5, 321.0, 0.02)
+        reporter.step(5, 1.234, 0.5, 321.0, 0.035)
         if terminal:
             reporter._progress.refresh()
         reporter.message("an image was left out")
         reporter.end_epoch(row, 2, best=True)
         reporter.close()
         assert "an image was left out" in text.getvalue() and "75.00% *" in text.getvalue()
-        assert ("loss 1.234" in text.getvalue() and "321 img/s" in text.getvalue() and "data wait 2.0%" in text.getvalue()) == terminal
+        for figure in ("loss 1.234", "acc 50.0%", "321 img/s", "data wait 3.5%"):
+            assert (figure in text.getvalue()) == terminal, figure
 
 
 def test_models_lists_and_filters(capsys):
@@ -153,8 +156,8 @@ def test_bench_gives_no_figure_where_parity_fails(capsys, monkeypatch, tmp_path)
 def test_doctor_compares_every_op(capsys):
     code, out, _ = command(capsys, "doctor")
     assert code == 0 and "0 failed" in out and "FAILED" not in out
-    for word in ("torch", "nvidia.dali", "reference", "native", "conv_stats", "scale_shift_act_pool", "bfloat16", "not run"):
-        assert word in out, word
+    words = ("torch", "nvidia.dali", "reference", "native", "conv_stats", "scale_shift_act_pool", "bfloat16", "not run")
+    assert all(word in out for word in words)
 
 
 @pytest.mark.parametrize("wrong", ["forward", "gradient"])
@@ -164,7 +167,8 @@ def test_doctor_fails_when_an_op_disagrees(capsys, monkeypatch, wrong):
     def broken(case, dtype, device, backend):
         results = honest(case, dtype, device, backend)
         if backend == "library" and dtype == torch.float32:
-            results[0 if wrong == "forward" else -1].flatten()[1] += 0.1
+            chosen = results[0 if wrong == "forward" else -1]
+            chosen[(0,) * chosen.dim()] += 0.1
         return results
 
     monkeypatch.setattr(parity, "_outcome", broken)
@@ -192,7 +196,10 @@ def test_plot_draws_several_runs(trained, capsys, tmp_path):
         (["train", "resnet20", "--data", "/nowhere"], "/nowhere does not exist; expected ROOT/train"),
         (["train", "resnet20", "--resume", "/nowhere.pt"], "checkpoint /nowhere.pt does not exist"),
         (["train", "resnet20", "--config", "/nowhere.yaml"], "/nowhere.yaml"),
-        (["train", "resnet20", "--data", "fashion-mnist", "--data-dir", "/nowhere"], r"looked at: /nowhere \(does not exist\)"),
+        (
+            ["train", "resnet20", "--data", "fashion-mnist", "--data-dir", "/nowhere"],
+            "looked at: /nowhere .does not exist",
+        ),
         (["train"], "model"),
         (["eval", "/nowhere.pt"], "checkpoint /nowhere.pt does not exist"),
         (["eval", "resnet20", "--data", "digits"], "resnet20 without --weights is untrained"),
@@ -224,7 +231,8 @@ def test_a_broken_image_is_reported(capsys, tmp_path):
                 io.write_jpeg(pixels, str(tmp_path / "data" / split / name / f"{index}.jpg"))
     bad = tmp_path / "data" / "train" / "a" / "0.jpg"
     bad.write_bytes(bad.read_bytes()[:200])
-    arguments = ["train", "resnet20", "--data", tmp_path / "data", "--image-size", "32", "--batch-size", "4", "--epochs", "1"]
+    arguments = ["train", "resnet20", "--data", tmp_path / "data", "--image-size", "32", "--batch-size", "4"]
+    arguments += ["--epochs", "1"]
     line = fails(capsys, *arguments, "--out", tmp_path / "stop")
     assert f"{bad} can't be decoded" in line and "--on-bad-image=skip" in line
     code, out, _ = command(capsys, *arguments, "--out", tmp_path / "skip", "--on-bad-image", "skip")
@@ -232,8 +240,8 @@ def test_a_broken_image_is_reported(capsys, tmp_path):
 
 
 def test_sigterm_saves_and_exits(tmp_path):
-    arguments = [sys.executable, "-u", "-m", "fastres", "train", "resnet20", "--out", str(tmp_path), "--image-size", "16"]
-    arguments += ["--epochs", "1000", "--batch-size", "32", "--limit", "96", "--threads", "1"]
+    arguments = [sys.executable, "-u", "-m", "fastres", "train", "resnet20", "--out", str(tmp_path)]
+    arguments += ["--image-size", "16", "--epochs", "1000", "--batch-size", "32", "--limit", "96", "--threads", "1"]
     with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         for line in process.stdout:
             if line.startswith("epoch"):

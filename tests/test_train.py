@@ -46,8 +46,8 @@ class Silent:
 
 
 def settings(out, **changes):
-    base = {"model": "resnet20", "out": str(out), "epochs": 3, "batch_size": 32, "image_size": 16, "limit": 128, "lr": 0.05}
-    return Settings(**{**base, **changes})
+    size = {"epochs": 3, "batch_size": 32, "image_size": 16, "limit": 128}
+    return Settings(**{"model": "resnet20", "out": str(out), "lr": 0.05, **size, **changes})
 
 
 def equal(first, second):
@@ -65,7 +65,8 @@ def outcome(folder):
     """What must not depend on how often a run was stopped."""
     state = checkpoint.load_checkpoint(folder / "checkpoint-last.pt")
     rows = [{k: v for k, v in row.items() if k not in TIMES} for row in state["rows"]]
-    return {**{k: state[k] for k in ("model", "optimizer", "epoch", "iteration", "best", "random", "loader")}, "rows": rows}
+    names = ("model", "optimizer", "epoch", "iteration", "best", "random", "loader")
+    return {**{name: state[name] for name in names}, "rows": rows}
 
 
 # --- schedules and parameters
@@ -73,7 +74,9 @@ def outcome(folder):
 
 def test_schedules_follow_their_definitions():
     step = Schedule("step", 0.1, 64000, milestones=(0.5, 0.75))
-    assert [step(i) for i in (0, 31999, 32000, 47999, 48000, 63999)] == pytest.approx([0.1, 0.1, 0.01, 0.01, 0.001, 0.001])
+    assert [step(i) for i in (0, 31999, 32000, 47999, 48000, 63999)] == pytest.approx(
+        [0.1] * 2 + [0.01] * 2 + [0.001] * 2
+    )
     warm = Schedule("constant", 0.1, 100, warmup=4)
     assert [warm(i) for i in range(5)] == pytest.approx([0.025, 0.05, 0.075, 0.1, 0.1])
     cosine = Schedule("cosine", 0.2, 110, warmup=10)
@@ -132,7 +135,7 @@ def test_a_run_learns_and_leaves_its_files(finished):
 
 
 def test_the_last_row_is_the_checkpoints_evaluation(finished):
-    out, run, _, _ = finished
+    out, _, _, _ = finished
     state = checkpoint.load_checkpoint(out / "checkpoint-last.pt")
     model = fastres.create_model(**state["config"])
     model.load_state_dict(state["model"])
@@ -257,7 +260,7 @@ def test_a_checkpoint_of_something_else_is_refused(finished, tmp_path):
 def test_starting_anew_needs_overwrite_and_keeps_the_old(finished, tmp_path):
     out = copy_of(finished, tmp_path)
     before = snapshot(out)
-    with pytest.raises(CheckpointError, match="--resume never would replace that run.*--overwrite"):
+    with pytest.raises(CheckpointError, match=r"--resume never would replace that run.*--overwrite"):
         train(settings(out, resume="never"), Silent())
     elsewhere = tmp_path.parent / f"{tmp_path.name}-elsewhere.pt"
     elsewhere.write_bytes(before["checkpoint-last.pt"][0])
@@ -269,7 +272,7 @@ def test_starting_anew_needs_overwrite_and_keeps_the_old(finished, tmp_path):
         assert (out / f"checkpoint-last.pt.old{number}").exists()
     assert (out / "checkpoint-last.pt.old").read_bytes() == before["checkpoint-last.pt"][0]
     assert len(read_log(out)) == 1 and outcome(out)["epoch"] == 1
-    again, _ = train(settings(tmp_path / "fresh", resume="never", epochs=1, seed=5), Silent())
+    train(settings(tmp_path / "fresh", resume="never", epochs=1, seed=5), Silent())
     assert equal(outcome(tmp_path / "fresh"), outcome(out))
 
 
@@ -296,11 +299,11 @@ def test_writing_fails_without_harm(tmp_path, monkeypatch):
 
 def test_a_loss_that_is_not_finite_stops_with_advice(tmp_path):
     reporter = Silent()
-    with pytest.raises(DivergedError, match=r"no longer finite in epoch 1, iteration \d+ \(learning rate 1e\+30\).*no checkpoint"):
+    with pytest.raises(DivergedError, match=r"no longer finite in epoch 1, iteration \d+ \(.*no checkpoint"):
         train(settings(tmp_path, lr=1e30, warmup=0.0), reporter)
     assert not list(tmp_path.glob("*.pt"))
     train(settings(tmp_path, epochs=1), Silent())
-    with pytest.raises(DivergedError, match="checkpoint-last.pt still holds the epoch before"):
+    with pytest.raises(DivergedError, match=r"checkpoint-last\.pt still holds the epoch before"):
         train(settings(tmp_path, lr=1e30, warmup=0.0), Silent())
     assert outcome(tmp_path)["epoch"] == 1 and all(v.isfinite().all() for v in outcome(tmp_path)["model"].values())
 
@@ -360,4 +363,5 @@ def test_without_tensorboard_the_log_is_enough(tmp_path, monkeypatch, finished):
 
 
 def test_settings_are_plain_values():
-    assert all(isinstance(v, (str, int, float, bool, list, type(None))) for v in dataclasses.asdict(Settings("x")).values())
+    kinds = (str, int, float, bool, list, type(None))
+    assert all(isinstance(value, kinds) for value in dataclasses.asdict(Settings("x")).values())

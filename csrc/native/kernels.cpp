@@ -96,6 +96,7 @@ void stats_backward(const ChannelStatsBackward& p, int64_t begin, int64_t end) {
 }  // namespace
 
 extern const KernelTable kernel_table;
-const KernelTable kernel_table = {forward, backward, pool<false>, pool<true>, pool_backward, stats, channel_stats_merge, stats_backward};
+const KernelTable kernel_table = {forward, backward, pool<false>, pool<true>, pool_backward, stats, channel_stats_merge, sum_parts,
+                                  stats_backward};
 
 }  // namespace fastres::FASTRES_ISA

@@ -44,8 +44,11 @@ def run(options: Namespace) -> int:
     device, dtype = pick_device(options.device), DTYPES[options.dtype]
     fused, plain, images, labels = make_pair(options, device)
     about = machine()
-    title = f"{options.model}, batch {options.batch_size}, {'x'.join(map(str, images.shape[1:]))}, {options.dtype}, {device}"
-    table = Table(title=title, caption=f"{about['cpu']}, {about['threads']} threads, torch {about['torch']}; medians (quartiles)")
+    size = "x".join(map(str, images.shape[1:]))
+    table = Table(
+        title=f"{options.model}, batch {options.batch_size}, {size}, {options.dtype}, {device}",
+        caption=f"{about['cpu']}, {about['threads']} threads, torch {about['torch']}; medians (quartiles)",
+    )
     for name in ("mode", "reference ms", "fused ms", "fused images/s", "speed-up", "parity error (allowed)"):
         table.add_column(name, justify="left" if name == "mode" else "right")
     results = []
@@ -68,7 +71,8 @@ def run(options: Namespace) -> int:
                 mode, _ms(reference_s), _ms(fused_s), f"{options.batch_size / fused_s.median:,.1f}",
                 f"{ratio.median:.3f} ({ratio.low:.3f}-{ratio.high:.3f})", checked,
             )  # fmt: skip
-            entry |= {"reference_s": vars(reference_s), "fused_s": vars(fused_s), "speed_up": vars(ratio), "rounds": options.rounds}
+            spreads = {"reference_s": reference_s, "fused_s": fused_s, "speed_up": ratio}
+            entry |= {"rounds": options.rounds, **{name: vars(spread) for name, spread in spreads.items()}}
         results.append(entry)
     console().print(table)
     if options.json:
@@ -99,11 +103,11 @@ def make_pair(options: Namespace, device: Any) -> tuple[Any, Any, Any, Any]:
             buffer.normal_(0, 0.1)
         elif name.endswith("running_var"):
             buffer.uniform_(0.8, 1.25)
-    fused = fastres.create_model(options.model, fused=True, **({} if options.memory == "default" else {"memory": options.memory}))
+    fused = fastres.create_model(options.model, fused=True, memory=options.memory)
     fused.load_state_dict(plain.state_dict())
     images = torch.randn(options.batch_size, height, width, channels).permute(0, 3, 1, 2).to(device)
     labels = torch.randint(info.num_classes, (options.batch_size,)).to(device)
-    both = [model.to(device, memory_format=torch.channels_last) for model in (fused, plain)]
+    both = [model.to(device).to(memory_format=torch.channels_last) for model in (fused, plain)]
     return both[0], both[1], images, labels
 
 

@@ -27,7 +27,7 @@ USAGE_ERROR = 2
 class Parser(ArgumentParser):
     """Reports a wrong argument in one line."""
 
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:  # type: ignore[override]
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         text, command = " ".join(str(message).split()), self.prog.replace(" [options]", "")
         print(f"{command}: error: {text} (see {command} --help)", file=sys.stderr)
         sys.exit(USAGE_ERROR)

@@ -49,11 +49,13 @@ def run(options: Namespace) -> int:
     screen = console()
     machine = Table("machine", "", title="what is here", show_header=False)
     machine.add_row("processor", f"{cpu_name()}, {torch.get_num_threads()} threads")
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    gpus = [torch.cuda.get_device_name(index) for index in range(count)]
     machine.add_row("GPU", ", ".join(gpus) or "none that torch finds")
     machine.add_row("CUDA compiler", nvcc_version())
     for name, value in fastres.build_info().items():
-        machine.add_row(f"build: {name}", ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value))
+        shown = ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+        machine.add_row(f"build: {name}", shown)
     screen.print(machine)
 
     libraries = Table("library", "version", "for", title="libraries")
@@ -66,14 +68,17 @@ def run(options: Namespace) -> int:
         usable.add_row(name, "yes" if available else "no", reason or "")
     screen.print(usable)
 
-    parity = Table("op", "backend", "device", "dtype", "error", "allowed", "result", title="parity with float64, forward and backward")
+    parity = Table(title="parity with float64, forward and backward")
+    for title in ("op", "backend", "device", "dtype", "error", "allowed", "result"):
+        parity.add_column(title)
     rows = [row for device in (["cpu", "cuda"] if gpus else ["cpu"]) for row in op_parity(device)]
     for row in rows:
+        place = (row.what, row.backend, row.device, row.dtype)
         if row.reason is not None:
-            parity.add_row(row.what, row.backend, row.device, row.dtype, "", "", f"not run: {row.reason}", style="dim")
+            parity.add_row(*place, "", "", f"not run: {row.reason}", style="dim")
         else:
             result = "[bold red]FAILED[/bold red]" if row.failed else "ok"
-            parity.add_row(row.what, row.backend, row.device, row.dtype, f"{row.error:.1e}", f"{row.allowed:.1e}", result)
+            parity.add_row(*place, f"{row.error:.1e}", f"{row.allowed:.1e}", result)
     screen.print(parity)
     failures = sum(row.failed for row in rows)
     compared = sum(row.reason is None for row in rows)

@@ -49,7 +49,7 @@ def run(options: Namespace) -> int:
     )  # fmt: skip
     if "classes" in saved and saved["classes"] != loader.classes:
         raise UserError(f"the checkpoint was trained on the classes {saved['classes']}, {data} has {loader.classes}")
-    model = model.to(device, memory_format=torch.channels_last)
+    model = model.to(device).to(memory_format=torch.channels_last)
     result = evaluate(model, loader, DTYPES[options.dtype])
     screen = console()
     screen.print(loader.description, markup=False, highlight=False, soft_wrap=True)
@@ -58,8 +58,8 @@ def run(options: Namespace) -> int:
     table.add_row(name, str(result.samples), f"{result.top1:.2%}", f"{result.top5:.2%}", f"{result.loss:.4f}")
     screen.print(table)
     if options.json:
-        figures = {"source": options.source, "data": data, "dtype": options.dtype, "fused": options.fused, **vars(result)}
-        Path(options.json).write_text(json.dumps(figures, indent=1) + "\n")
+        about = {"source": options.source, "data": data, "dtype": options.dtype, "fused": options.fused}
+        Path(options.json).write_text(json.dumps({**about, **vars(result)}, indent=1) + "\n")
     return 0
 
 

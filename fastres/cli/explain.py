@@ -31,7 +31,7 @@ def run(options: Namespace) -> int:
     channels, height, width = info.input_size
     height, width = (options.image_size or height), (options.image_size or width)
     model = fastres.create_model(options.model, fused=True).train(options.mode == "train")
-    model = model.to(device, memory_format=torch.channels_last)
+    model = model.to(device).to(memory_format=torch.channels_last)
     images = torch.randn(options.batch_size, height, width, channels, device=device).permute(0, 3, 1, 2)
     with torch.autocast(device.type, DTYPES[options.dtype], enabled=options.dtype != "fp32"):
         explanation = fastres.explain(model, images)

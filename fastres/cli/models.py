@@ -21,7 +21,8 @@ def run(options: Namespace) -> int:
 
     names = fastres.list_models(options.pattern)
     if not names:
-        raise UserError(f"no network matches {options.pattern!r}; fastres models lists all {len(fastres.list_models())}")
+        count = len(fastres.list_models())
+        raise UserError(f"no network matches {options.pattern!r}; fastres models lists all {count}")
     table = Table("name", "family", "input", "classes")
     for title in ("parameters", "multiply-adds"):
         table.add_column(title, justify="right")

@@ -13,7 +13,7 @@ Dtype = Literal["fp32", "bf16"]
 def add_data(parser: ArgumentParser, default: str | None) -> None:
     """The data set and how it is read."""
     parser.add_argument(
-        "--data", type=str, default=default, help="digits, fashion-mnist, or a folder with train/<class>/*.jpg and val/…"
+        "--data", type=str, default=default, help="digits, fashion-mnist, or a folder with train/<class>/*.jpg, val/…"
     )
     parser.add_argument("--data-dir", type=str, default=None, help="folder of fashion-mnist's IDX files")
     parser.add_argument("--image-size", type=PositiveInt, default=None, help="side of the images (32; folders 224)")
@@ -38,8 +38,9 @@ def add_machine(parser: ArgumentParser) -> None:
 def add_fused(parser: ArgumentParser) -> None:
     """--fused/--no-fused."""
     parser.add_argument(
-        "--fused", action=ActionYesNo(no_prefix="no-"), default=True, help="fused kernels, or plain PyTorch with the same weights"
-    )
+        "--fused", action=ActionYesNo(no_prefix="no-"), default=True,
+        help="fused kernels, or plain PyTorch with the same weights",
+    )  # fmt: skip
 
 
 def console() -> Any:

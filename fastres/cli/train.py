@@ -17,7 +17,7 @@ from fastres.train.settings import Settings
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Declare the subcommand's arguments."""
-    parser.add_argument("--config", action="config", help="read options from a YAML file, such as an earlier config.yaml")
+    parser.add_argument("--config", action="config", help="a YAML file of options, such as an earlier config.yaml")
     parser.add_argument("model", type=str, help="a name that fastres models lists")
     add_data(parser, "digits")
     parser.add_argument("--out", type=str, default=None, help="the run's folder (runs/MODEL-DATA)")
@@ -27,29 +27,29 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--momentum", type=NonNegativeFloat, default=0.9)
     parser.add_argument("--weight-decay", type=NonNegativeFloat, default=None)
     parser.add_argument(
-        "--decay-all", action=ActionYesNo(no_prefix="no-"), default=False, help="decay biases and BatchNorm parameters too"
+        "--decay-all", action=ActionYesNo(no_prefix="no-"), default=False, help="decay biases and BatchNorm too"
     )
     parser.add_argument("--schedule", type=Literal["step", "cosine", "constant"], default=None)
     parser.add_argument(
-        "--milestones", type=list[PositiveFloat], default=None, help="shares of the run where step divides by 10: [0.5,0.75]"
+        "--milestones", type=list[PositiveFloat], default=None, help="shares of the run where step divides by 10"
     )
     parser.add_argument("--warmup", type=NonNegativeFloat, default=None, help="epochs of linear warm-up")
     parser.add_argument("--seed", type=NonNegativeInt, default=0, help="of weights, order and augmentation")
     add_fused(parser)
     parser.add_argument(
-        "--memory", type=Literal["default", "recompute"], default="default", help="recompute keeps less for the backward pass"
+        "--memory", type=Literal["default", "recompute"], default="default", help="recompute keeps less for backward"
     )
     parser.add_argument("--num-classes", type=PositiveInt, default=None, help="outputs (the data's classes)")
     parser.add_argument("--augment", action=ActionYesNo(no_prefix="no-"), default=True, help="augment training images")
     add_machine(parser)
     parser.add_argument(
-        "--deterministic", action=ActionYesNo(no_prefix="no-"), default=False, help="refuse operations that vary between runs"
+        "--deterministic", action=ActionYesNo(no_prefix="no-"), default=False, help="refuse what varies between runs"
     )
     parser.add_argument(
-        "--resume", type=str, default="auto", help="auto: continue what --out holds; never; or a checkpoint to continue from"
+        "--resume", type=str, default="auto", help="auto: continue what --out holds; never; or a checkpoint"
     )
     parser.add_argument(
-        "--overwrite", action=ActionYesNo(no_prefix="no-"), default=False, help="start anew; old checkpoints become *.old"
+        "--overwrite", action=ActionYesNo(no_prefix="no-"), default=False, help="start anew, keep checkpoints as *.old"
     )
 
 
@@ -76,7 +76,8 @@ def run(options: Namespace) -> int:
         logging.getLogger("fastres").removeHandler(handler)
         reporter.close()
     if finished.rows:
-        screen.print(summary_table(f"{finished.settings.model} on {finished.settings.data}: {finished.out}", finished.rows))
+        title = f"{finished.settings.model} on {finished.settings.data}: {finished.out}"
+        screen.print(summary_table(title, finished.rows))
     if signum is not None and finished.epoch < finished.epochs:
         import signal
 
@@ -110,11 +111,12 @@ def describe(run: Any) -> str:
     """One line on what is about to be trained."""
     settings = run.settings
     parameters = sum(p.numel() for p in run.model.parameters())
+    decayed = "" if settings.decay_all else " on conv and fc weights"
     return (
         f"{settings.model} ({'fused' if settings.fused else 'reference'}, {parameters:,} parameters, {settings.dtype}, "
         f"{run.device}) for {settings.epochs} epochs of {len(run.train_data)} batches of {settings.batch_size}; "
-        f"SGD, lr {settings.lr:g} {settings.schedule}, warm-up {settings.warmup:g} epochs, momentum {settings.momentum:g}, "
-        f"weight decay {settings.weight_decay:g}{'' if settings.decay_all else ' on conv and fc weights'}; "
+        f"SGD, lr {settings.lr:g} {settings.schedule}, warm-up {settings.warmup:g} epochs, "
+        f"momentum {settings.momentum:g}, weight decay {settings.weight_decay:g}{decayed}; "
         f"seed {settings.seed}; to {Path(run.out)}"
     )
 

@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from nvidia.dali import fn, pipeline_def, types
+from nvidia.dali import fn, pipeline_def
+from nvidia.dali.types import DALIImageType, DALIInterpType
 from torch import Tensor
 
 from fastres.data.engine import (
@@ -41,16 +42,16 @@ def _pipeline(files: list[str], labels: list[int], augment: bool, gpu_size: int 
     encoded, label = fn.readers.file(files=files, labels=labels, pad_last_batch=True, name="Reader")
     device = "mixed" if gpu_size else "cpu"
     if not augment:
-        return fn.decoders.image(encoded, device=device, output_type=types.RGB, adjust_orientation=False), label
+        return fn.decoders.image(encoded, device=device, output_type=DALIImageType.RGB, adjust_orientation=False), label
     pixels = fn.decoders.image_random_crop(
-        encoded, device=device, output_type=types.RGB, random_area=list(AREA), random_aspect_ratio=list(RATIO),
+        encoded, device=device, output_type=DALIImageType.RGB, random_area=list(AREA), random_aspect_ratio=list(RATIO),
         num_attempts=ATTEMPTS, adjust_orientation=False,
     )  # fmt: skip
     mirror = fn.random.coin_flip()
     if not gpu_size:
         return pixels, label, mirror
-    pixels = fn.resize(pixels, size=[gpu_size, gpu_size], interp_type=types.INTERP_LINEAR, antialias=True)
-    return fn.flip(pixels, horizontal=mirror), label
+    resized: Any = fn.resize(pixels, size=[gpu_size, gpu_size], interp_type=DALIInterpType.INTERP_LINEAR, antialias=True)
+    return fn.flip(resized, horizontal=mirror), label
 
 
 class DaliEngine:
@@ -90,7 +91,8 @@ class DaliEngine:
                     # DALI names the file in some cases only, and its pipeline is of no use after an error. It reads
                     # ahead, so a file that can't be read may be batches away: a stand-in lets those before it pass,
                     # with the random numbers that they would have had anyway.
-                    new = [i for i in range(begin, min(begin + LOOK_AHEAD * size, len(files))) if _unreadable(files[i : i + 1])]
+                    near = range(begin, min(begin + LOOK_AHEAD * size, len(files)))
+                    new = [index for index in near if _unreadable(files[index : index + 1])]
                     if not new:
                         raise BadImages(_culprits(segment.files[begin:end], error)) from error
                     stand_in = next((path for path in files if not _unreadable([path])), None)
@@ -100,8 +102,9 @@ class DaliEngine:
                     if stand_in is None:
                         raise BadImages(_unreadable(segment.files)) from error
                     continue
-                images = self._on_device(outputs, end - begin) if self._on_gpu else self._resized(outputs, end - begin, pool)
-                labels = torch.from_numpy(np.array(outputs[1].as_tensor())).flatten()[: end - begin].long()
+                count = end - begin
+                images = self._on_device(outputs, count) if self._on_gpu else self._resized(outputs, count, pool)
+                labels = torch.from_numpy(np.array(outputs[1].as_tensor())).flatten()[:count].long()
                 resume, begin = bytes(pipeline.checkpoint()), end
                 yield Batch(images, labels, resume)
 

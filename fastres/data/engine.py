@@ -22,7 +22,7 @@ from fastres.errors import UserError
 AREA, RATIO, ATTEMPTS = (0.08, 1.0), (3 / 4, 4 / 3), 10  # of a training crop, as in torchvision and fb.resnet.torch
 
 
-class BadImages(Exception):  # noqa: N818 (a signal between engine and loader, not an error that users see)
+class BadImages(Exception):
     """Some files of the next batch can't be decoded: ``(path, reason)`` of each. Batches before it were delivered."""
 
     def __init__(self, culprits: list[tuple[str, str]]) -> None:
@@ -123,7 +123,7 @@ def resize_pixels(pixels: Tensor, image_size: int, augment: bool) -> Tensor:
 
 
 def write_pixels(target: np.ndarray, pixels: Tensor, mirror: bool) -> None:
-    """Copy ``[3, S, S]`` into ``[S, S, 3]``; numpy copies in the calling thread, torch would start threads of its own."""
+    """Copy ``[3, S, S]`` into ``[S, S, 3]``; numpy copies in the calling thread, torch would start its own threads."""
     values = pixels.numpy().transpose(1, 2, 0)
     target[...] = values[:, ::-1] if mirror else values
 

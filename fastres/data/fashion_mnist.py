@@ -59,7 +59,9 @@ def read_idx(path: Path) -> np.ndarray:
     header = 4 + 4 * content[3]
     shape = tuple(int.from_bytes(content[i : i + 4], "big") for i in range(4, header, 4))
     if len(content) != header + math.prod(shape):
-        raise DataError(f"{path} is incomplete: shape {shape} needs {header + math.prod(shape)} bytes, it has {len(content)}")
+        raise DataError(
+            f"{path} is incomplete: shape {shape} needs {header + math.prod(shape)} bytes, it has {len(content)}"
+        )
     return np.frombuffer(content, np.uint8, offset=header).reshape(shape)
 
 

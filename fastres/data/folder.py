@@ -34,29 +34,32 @@ class Position(NamedTuple):
 class FolderLoader:
     """Batches of a folder; satisfies :class:`fastres.data.Loader`. See :func:`fastres.data.create_loader`."""
 
-    def __init__(self, root: str, split: str, *, batch_size: int, seed: int, workers: int, augment: bool,
-                 image_size: int, on_bad_image: str, device: torch.device, drop_last: bool, backend: str) -> None:  # fmt: skip
+    def __init__(
+        self, root: str, split: str, *, batch_size: int, seed: int, workers: int, augment: bool, image_size: int,
+        on_bad_image: str, device: torch.device, drop_last: bool, backend: str,
+    ) -> None:  # fmt: skip
         self._list = scan(root, split)
         settings = Settings(batch_size, image_size, augment, workers, device, seed)
         self._engine = choose_engine(backend, settings)
         self._settings, self._shuffle, self._drop_last = settings, split == "train", drop_last
         self._skip = on_bad_image == "skip"
-        self._index = {path: index for index, path in enumerate(self._list.files)}
         # One value for each number of a row: an inner loop of three would not be vectorised.
         self._mean = (torch.tensor(MEAN, device=device) * 255).repeat(image_size)
         self._inverse_std = 1 / (torch.tensor(STD, device=device) * 255).repeat(image_size)
         self.bad: dict[str, str] = {}
         self.classes, self.num_classes = self._list.classes, len(self._list.classes)
         self.input_shape = (3, image_size, image_size)
-        self._pending: dict[str, Any] | None = None
+        self._pending: Position | None = None
         self.set_epoch(0)
         crop = f"random crop resized to {image_size}, mirror" if augment else f"centre crop {image_size}"
         missing = "" if backend != "auto" or "DALI" in self._engine.name else " (DALI can't be imported)"
         self.description = (
-            f"{self._list.folder}: {self.samples} images in {self.num_classes} classes, decoded by {self._engine.name}{missing}; {crop}"
+            f"{self._list.folder}: {self.samples} images in {self.num_classes} classes, decoded by "
+            f"{self._engine.name}{missing}; {crop}"
         )
         self._fingerprint = (
-            f"{self._list.fingerprint()}/{self._engine.name}/{image_size}/batch {batch_size}/seed {seed}/augment {augment}"
+            f"{self._list.fingerprint()}/{self._engine.name}/{image_size}/batch {batch_size}/seed {seed}/"
+            f"augment {augment}"
         )
 
     @property
@@ -129,8 +132,8 @@ class FolderLoader:
             raise DataError(f"none of the {len(self._list.files)} images in {self._list.folder} can be decoded")
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        begin, self._pending = self._pending or Position(bad=len(self.bad)), None
-        self._position = begin
+        begin = self._pending or Position(bad=len(self.bad))
+        self._position, self._pending = begin, None
         device = self._settings.device
         for batch, position in read_ahead(self._segments(begin), READ_AHEAD):
             if self._drop_last and len(batch.labels) < self._settings.batch_size:
@@ -164,7 +167,7 @@ def read_ahead(source: Generator[Any, None, None], depth: int) -> Iterator[Any]:
                 if not put("item", item):
                     return
             put("end", None)
-        except BaseException as error:  # noqa: BLE001 (handed to the consumer, which raises it)
+        except BaseException as error:
             put("error", error)
         finally:
             source.close()

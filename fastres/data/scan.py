@@ -71,7 +71,9 @@ def scan(root: str | Path, split: str) -> ImageList:
     classes = (_subfolders(train) if train.is_dir() else []) or own
     unknown = sorted(set(own) - set(classes))
     if unknown:
-        raise DataError(f"{folder} has classes that {train} lacks: {', '.join(unknown[:5])}; their labels would be undefined")
+        raise DataError(
+            f"{folder} has classes that {train} lacks: {', '.join(unknown[:5])}; their labels would be undefined"
+        )
     files: list[str] = []
     labels: list[int] = []
     empty = []

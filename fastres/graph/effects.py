@@ -21,6 +21,7 @@ _OPERATORS: dict[Any, Any] = {
     operator.itruediv: operator.truediv,
     torch.relu_: torch.relu, F.relu_: torch.relu,
 }  # fmt: skip
+_IN_PLACE_NAMES = {"setitem", "iand", "ior", "ixor", "ipow", "ifloordiv", "imod", "ilshift", "irshift", "imatmul"}
 _METHODS = ("relu_", "add_", "sub_", "mul_", "div_", "clamp_", "clamp_min_", "sigmoid_", "tanh_")
 # Results that never share memory with an argument; anything else might.
 _FRESH_FUNCTIONS = {
@@ -46,22 +47,25 @@ class Effects:
         self.targets = {node: t for node in graph.nodes if (t := self._target(node)) is not None}
         for node in graph.nodes:
             if not self._is_fresh(node):
-                for source in node.all_input_nodes:
+                sources = [self.targets[node]] if node in self.targets else node.all_input_nodes
+                for source in sources:
                     self._parent[self._class(node)] = self._class(source)
         self._fixed: set[fx.Node] = set()
         for node in self.targets:
             if not self._is_free(node):
                 self._fixed.add(node)
-        shared = {self.modules.of(node) for node in self._fixed}
-        self._fixed |= {node for node in self.targets if self.modules.of(node) is not None and self.modules.of(node) in shared}
+        # A module is in place everywhere or nowhere.
+        shared = {self.modules.of(node) for node in self._fixed} - {None}
+        self._fixed |= {node for node in self.targets if self.modules.of(node) in shared}
 
     @staticmethod
     def _find_numbers(graph: fx.Graph) -> set[fx.Node]:
         """Sizes and what is computed from them: ``n += 1`` changes no tensor."""
         numbers: set[fx.Node] = set()
+        attributes = ("shape", "ndim", "dtype", "device")
         for node in graph.nodes:
             is_size = (node.op == "call_method" and node.target in ("size", "dim", "numel", "item")) or (
-                node.op == "call_function" and node.target is getattr and node.args[1] in ("shape", "ndim", "dtype", "device")
+                node.op == "call_function" and node.target is getattr and node.args[1] in attributes
             )
             inputs = node.all_input_nodes
             computed = node.op == "call_function" and bool(inputs) and all(n in numbers for n in inputs)
@@ -91,10 +95,9 @@ class Effects:
         if node.op != "call_function":
             return False
         name = getattr(node.target, "__name__", "")
-        in_place = node.target in _OPERATORS or (name.endswith("_") and not name.endswith("__"))
-        return in_place or name == "setitem" or name in dir(operator) and name.startswith("i") and name[1:] in (
-            "add", "sub", "mul", "truediv", "and", "or", "xor", "pow", "floordiv", "mod",
-        ) or _inplace_argument(node)  # fmt: skip
+        if node.target in _OPERATORS or name in _IN_PLACE_NAMES or (name.endswith("_") and not name.endswith("__")):
+            return True
+        return _inplace_argument(node)
 
     def _is_fresh(self, node: fx.Node) -> bool:
         if node in self.targets:
@@ -138,7 +141,8 @@ class Effects:
             return str(node.target)[:-1] if node.target in _METHODS else None
         if node.target in _OPERATORS:
             return _OPERATORS[node.target]
-        return node.target if _inplace_argument(node) and getattr(node.target, "__module__", "").startswith("torch") else None
+        of_torch = getattr(node.target, "__module__", "").startswith("torch")
+        return node.target if of_torch and _inplace_argument(node) else None
 
     def is_free(self, node: fx.Node) -> bool:
         return node in self.targets and node not in self._fixed

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from fastres.nn.functional import conv_arguments
-from fastres.nn.statistics import BatchNorm
+from fastres.nn.statistics import BatchNorm, SyncBatchNorm2d
 
 from .tracing import hooks_of
 
@@ -17,10 +17,9 @@ _RELU_FUNCTIONS = (torch.relu, torch.relu_, F.relu, F.relu_)
 _ADD_FUNCTIONS = (operator.add, operator.iadd, torch.add)
 _ADD_METHODS = ("add", "add_", "__add__", "__iadd__", "__radd__")
 _ACTIVATIONS = ("torch.nn.modules.activation", "timm.layers.activations")
-_ACTIVATION_NAMES = {
-    name for name in dir(F) if name.rstrip("_") in
-    {"relu6", "silu", "gelu", "hardswish", "hardsigmoid", "leaky_relu", "elu", "selu", "mish", "sigmoid", "tanh", "prelu"}
-}  # fmt: skip
+_ACTIVATION_NAMES = set(
+    "relu6 silu gelu hardswish hardsigmoid leaky_relu elu selu celu mish sigmoid tanh prelu softplus hardtanh".split()
+)
 
 
 class Modules:
@@ -32,7 +31,7 @@ class Modules:
 
     def of(self, node: fx.Node) -> nn.Module | None:
         """The module a call_module node calls; None for other nodes."""
-        return self._by_path[node.target] if node.op == "call_module" else None  # type: ignore[index]
+        return self._by_path[node.target] if node.op == "call_module" else None
 
     def name(self, node: fx.Node) -> str:
         """How a report calls the node: a module's path, or the operation and the module whose forward contains it."""
@@ -46,9 +45,16 @@ class Modules:
         layer = node.meta.get("layer")
         return f"{what} in {layer}" if layer else str(what)
 
+    def kind(self, node: fx.Node) -> str:
+        """What the node does, without saying where: a module's class or the operation."""
+        module = self.of(node)
+        if module is not None:
+            return type(module).__name__
+        return self.name(node).split(" in ")[0] if node.op.startswith("call_") else self.name(node)
+
     def is_identity(self, node: fx.Node) -> bool:
         module = self.of(node)
-        return module is not None and type(module) is nn.Identity and not hooks_of(module) and simple_input(node) is not None
+        return type(module) is nn.Identity and not hooks_of(module) and simple_input(node) is not None
 
 
 def simple_input(node: fx.Node) -> fx.Node | None:
@@ -71,9 +77,9 @@ def _untouched(module: nn.Module) -> str | None:
 
 def conv_refusal(module: nn.Module, node: fx.Node) -> str | None:
     """Why a convolution can't be part of a fused layer, or None."""
-    kind = type(module)
     if not isinstance(module, nn.Conv2d):
-        return f"{kind.__name__} is not Conv2d"
+        return f"{type(module).__name__} is not Conv2d"
+    kind = type(module)
     if kind.forward is not nn.Conv2d.forward or kind._conv_forward is not nn.Conv2d._conv_forward:
         return f"{kind.__name__} computes in its own way"
     if simple_input(node) is None:
@@ -93,12 +99,12 @@ def _timm_bn_act() -> tuple[type, ...]:
 def bn_refusal(module: nn.Module, node: fx.Node) -> str | None:
     """Why a BatchNorm can't be part of a fused layer, or None."""
     kind = type(module)
-    plain = (nn.BatchNorm2d, nn.SyncBatchNorm)
+    plain = (nn.BatchNorm2d, nn.SyncBatchNorm, SyncBatchNorm2d)
     if kind not in plain and kind not in _timm_bn_act():
-        if kind.forward not in (nn.BatchNorm2d.forward, nn.SyncBatchNorm.forward):
-            return f"{kind.__name__} computes in its own way"
         if not isinstance(module, plain):
             return kind.__name__
+        if kind.forward not in [p.forward for p in plain]:
+            return f"{kind.__name__} computes in its own way"
     if simple_input(node) is None:
         return "it is called with more than one argument"
     if kind in _timm_bn_act():
@@ -167,7 +173,7 @@ def activation_name(node: fx.Node, modules: Modules) -> str | None:
     if module is not None:
         return type(module).__name__ if type(module).__module__.startswith(_ACTIVATIONS) else None
     name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
-    return str(name) if node.op.startswith("call_") and name in _ACTIVATION_NAMES else None
+    return str(name) if node.op.startswith("call_") and str(name).rstrip("_") in _ACTIVATION_NAMES else None
 
 
 def is_bn(module: nn.Module | None) -> bool:

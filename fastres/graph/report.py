@@ -1,6 +1,7 @@
 """What :func:`fastres.fuse` did, what it left alone, and why."""
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 
@@ -39,11 +40,11 @@ class FusionReport:
         lines = [f"{self.network}: {len(self.fused)} layers fused{f' ({parts})' if parts else ''}, "
                  f"{len(self.unfused)} not"]  # fmt: skip
         if self.fused:
-            rows = [(row.pattern, " + ".join(row.names)) for row in self.fused]
-            lines += ["", *table(("fused as", "layers"), rows)]
+            done = [(row.pattern, " + ".join(row.names)) for row in self.fused]
+            lines += ["", *table(("fused as", "layers"), done)]
         if self.unfused:
-            rows = [(row.pattern, " + ".join(row.names), row.reason) for row in self.unfused]
-            lines += ["", *table(("not fused", "layers", "reason"), rows)]
+            left = [(row.pattern, " + ".join(row.names), row.reason) for row in self.unfused]
+            lines += ["", *table(("not fused", "layers", "reason"), left)]
         if self.lost_hooks:
             lines += ["", "Hooks that don't fire in the fused network (the modules' own forward is not called):"]
             lines += [f"  {name}" for name in self.lost_hooks]
@@ -52,7 +53,7 @@ class FusionReport:
         return "\n".join(lines)
 
 
-def table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
+def table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> list[str]:
     """Plain text columns, two blanks apart, under a ruled header."""
     cells = [header, *rows]
     widths = [max(len(row[i]) for row in cells) for i in range(len(header))]

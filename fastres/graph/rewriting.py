@@ -80,8 +80,8 @@ class Rewriter:
         return None, skipped
 
     def _readers(self, node: fx.Node) -> str:
-        names = [self.modules.name(user) for user in node.users]
-        return " and ".join(names[:3]) + (" and others" if len(names) > 3 else "") if names else "nobody"
+        kinds = dict.fromkeys(self.modules.kind(user) for user in node.users)
+        return " and ".join(kinds) if kinds else "nobody"
 
     def _row(self, nodes: list[fx.Node], pattern: str, reason: str) -> None:
         self.unfused.append(FusionRow(tuple(self.modules.name(n) for n in nodes), pattern, reason))
@@ -89,7 +89,7 @@ class Rewriter:
     def _chain(self, node: fx.Node) -> Chain | None:
         module = self.modules.of(node)
         if node.op == "call_function" and node.target in _FUNCTIONAL:
-            self._row([node], str(node.target.__name__), _FUNCTIONAL[node.target])  # type: ignore[union-attr,index]
+            self._row([node], str(node.target.__name__), _FUNCTIONAL[node.target])
         if not isinstance(module, nn.modules.conv._ConvNd):
             return None
         bn, skipped = self._next(node)
@@ -97,9 +97,8 @@ class Rewriter:
         if bn is None or norm is None or not is_bn(norm):
             if any(is_bn(self.modules.of(user)) for user in node.users):
                 return None  # the BatchNorm's own row says why
-            what = self._readers(node) if bn is None else self.modules.name(bn)
-            kind = "" if norm is None else f" ({type(norm).__name__})"
-            self._row([node], "conv", conv_refusal(module, node) or f"no BatchNorm follows, its result goes to {what}{kind}")
+            what = self._readers(node) if bn is None else self.modules.kind(bn)
+            self._row([node], "conv", conv_refusal(module, node) or f"no BatchNorm follows, its result goes to {what}")
             return None
         self._handled.add(bn)
         reason = conv_refusal(module, node) or bn_refusal(norm, bn) or self._obstacle(node, bn, bn)
@@ -167,11 +166,12 @@ class Rewriter:
             origin = None if source is None else self.modules.of(source)
             reason = bn_refusal(module, node)
             if source is not None and isinstance(origin, nn.modules.conv._ConvNd):
-                text = f"the convolution's result goes to {self._readers(source)}"
+                text = f"the convolution's result goes to {len(source.users)} places: {self._readers(source)}"
                 self._row([source, node], "conv+bn", conv_refusal(origin, source) or reason or text)
                 continue
-            came = "several values" if source is None else self.modules.name(source)
-            self._row([node], "bn", reason or f"leading pre-activation BatchNorm: not preceded by a convolution but by {came}")
+            came = "several values" if source is None else self.modules.kind(source)
+            text = f"leading pre-activation BatchNorm: not preceded by a convolution but by {came}"
+            self._row([node], "bn", reason or text)
 
     def _separate(self, chains: list[Chain]) -> None:
         """Makes in-place operations pure where a fused layer reads, later than the original, what they overwrite."""

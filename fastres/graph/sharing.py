@@ -28,12 +28,12 @@ def twin(model: nn.Module) -> nn.Module:
         shared: list[Any] = [module._parameters, module._buffers]
         shared += [*module._parameters.values(), *module._buffers.values()]
         shared += [value for value in vars(module).values() if isinstance(value, Tensor)]
-        if isinstance(module, nn.SyncBatchNorm):
-            shared.append(module.process_group)
+        shared.append(vars(module).get("process_group"))  # of synchronised BatchNorms
         memo.update({id(value): value for value in shared if value is not None})
     try:
         return copy.deepcopy(model, memo)
     except Exception as error:
         raise FusionError(
-            f"{type(model).__name__} can't be fused: one of its attributes can't be copied ({type(error).__name__}: {error})"
+            f"{type(model).__name__} can't be fused: one of its attributes can't be copied "
+            f"({type(error).__name__}: {error})"
         ) from error

@@ -80,6 +80,16 @@ def _random_state() -> tuple[Any, ...]:
     return (random.getstate(), state.get("pos"), bytes(state.get("key", b"")))
 
 
+class _Proxy(fx.Proxy):
+    """Refuses type checks in the network's code: isinstance(x, Tensor) is false for a proxy and true for the tensor."""
+
+    @property
+    def __class__(self) -> type:  # isinstance() asks for it when the type itself does not match
+        if not _internal(sys._getframe(1).f_code.co_filename):
+            raise Untraceable("it checks the type of a value")
+        return _Proxy
+
+
 class Tracer(fx.Tracer):
     """``leaves`` maps the path of each module that had to be kept whole to the reason."""
 
@@ -93,10 +103,15 @@ class Tracer(fx.Tracer):
         self._layers = [""]
         self._modes = _modes()
 
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
+
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """PyTorch's layers, our own, and library modules that hide nothing to fuse."""
         origin = f"{type(m).__module__}."
-        if isinstance(m, torch.jit.ScriptModule) or is_fastres_layer(m) or type(m) in self._no_trace:
+        # Also the user's own subclasses of convolution and BatchNorm: the report names them.
+        units = (nn.modules.conv._ConvNd, BatchNorm, torch.jit.ScriptModule)
+        if isinstance(m, units) or is_fastres_layer(m) or type(m) in self._no_trace:
             return True
         if origin.startswith(_TORCH_LEAVES):
             return not isinstance(m, nn.Sequential | fx.GraphModule)
@@ -196,7 +211,7 @@ def trace(root: nn.Module, training: bool) -> tuple[fx.Graph, dict[str, str]]:
     except Exception as error:
         raise FusionError(
             f"{name} can't be fused as a whole: its forward can't be traced ({explain(error)}). Fuse the parts without "
-            f"such code, e.g. model.backbone = fastres.fuse(model.backbone), or move that code into a submodule of its own."
+            "such code, e.g. model.backbone = fastres.fuse(model.backbone), or move that code into a submodule of its own."
         ) from error
     for node, parameter in zip((n for n in graph.nodes if n.op == "placeholder"), parameters, strict=False):
         if parameter.name in defaults:

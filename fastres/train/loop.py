@@ -23,7 +23,9 @@ from fastres.train.signals import StopRequest, stop_on_signals
 GPU_REPORT_INTERVAL = 25  # steps; reading a loss makes the host wait for the GPU
 
 
-def train(settings: Settings, reporter: Reporter, on_start: Callable[[Run], None] | None = None) -> tuple[Run, int | None]:
+def train(
+    settings: Settings, reporter: Reporter, on_start: Callable[[Run], None] | None = None
+) -> tuple[Run, int | None]:
     """Train a network; returns the run, and the signal that stopped it early, if one did.
 
     Writes ``log.csv``, TensorBoard events, ``checkpoint-last.pt`` after each epoch and ``checkpoint-best.pt`` (by test
@@ -31,8 +33,8 @@ def train(settings: Settings, reporter: Reporter, on_start: Callable[[Run], None
     there as if it had not been stopped.
 
     Args:
-        settings: see :class:`Settings`; ``resume`` is ``"auto"`` (continue if the folder holds a run), ``"never"``, or a
-            checkpoint to continue from.
+        settings: see :class:`Settings`; ``resume`` is ``"auto"`` (continue if the folder holds a run), ``"never"``,
+            or a checkpoint to continue from.
         reporter: told of everything that happens.
         on_start: called once when everything is checked, before the first step.
 
@@ -47,7 +49,9 @@ def train(settings: Settings, reporter: Reporter, on_start: Callable[[Run], None
     reporter.message(run.test_data.description)
     if source is not None:
         where = f"epoch {run.epoch}" + (f" and {run.batch} batches" if run.batch else "")
-        reporter.message(f"continuing from {source}, after {where}" + (f"; changed: {', '.join(changes)}" if changes else ""))
+        reporter.message(
+            f"continuing from {source}, after {where}" + (f"; changed: {', '.join(changes)}" if changes else "")
+        )
     run.out.mkdir(parents=True, exist_ok=True)
     set_aside(run.out, keep=source)
     if on_start is not None:
@@ -90,12 +94,14 @@ def train_epoch(run: Run, reporter: Reporter, stop: StopRequest) -> bool:
             if not math.isfinite(loss):
                 raise DivergedError(
                     f"the loss is no longer finite in epoch {run.epoch + 1}, iteration {run.iteration} "
-                    f"(learning rate {run.optimizer.param_groups[0]['lr']:.4g}): try a smaller --lr, a longer --warmup or "
-                    f"--dtype fp32; {_kept(run.out / LAST)}"
+                    f"(learning rate {run.optimizer.param_groups[0]['lr']:.4g}): try a smaller --lr, a longer "
+                    f"--warmup or --dtype fp32; {_kept(run.out / LAST)}"
                 )
             run.seconds = time.perf_counter() - begin
             if images:
-                reporter.step(run.batch, loss / images, correct / images, images / run.seconds, run.waited / run.seconds)
+                reporter.step(
+                    run.batch, loss / images, correct / images, images / run.seconds, run.waited / run.seconds
+                )
         if batch is None:
             return True
         if stop.signum is not None:
@@ -155,7 +161,9 @@ def checkpoint_to_resume(settings: Settings, out: Path) -> Path | None:
     held = next((out / name for name in (LAST, BEST) if (out / name).exists()), None)
     if settings.resume == "auto" and not settings.overwrite:
         if held is not None and held != last:
-            raise CheckpointError(f"{out} holds {held.name} but no {LAST}; give --resume FILE, another --out, or --overwrite")
+            raise CheckpointError(
+                f"{out} holds {held.name} but no {LAST}; give --resume FILE, another --out, or --overwrite"
+            )
         return held
     given = None if settings.resume in ("auto", "never") else Path(settings.resume)
     same = given is not None and held is not None and given.exists() and os.path.samefile(given.parent, out)

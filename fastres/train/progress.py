@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from typing import Protocol
 
@@ -107,9 +108,10 @@ def summary_table(title: str, rows: list[Row]) -> Table:
             name, str(row.epoch), f"{row.test_acc:.2%}", f"{row.test_loss:.4f}", f"{row.train_acc:.2%}",
             f"{row.train_loss:.4f}",
         )  # fmt: skip
-    training = sorted(row.images_per_s for row in rows)
+    rate = statistics.median(row.images_per_s for row in rows)
+    wait = statistics.fmean(row.data_wait_share for row in rows)
     table.caption = (
         f"{last.iteration} iterations in {last.total_s:.1f} s ({last.total_s / last.epoch:.1f} s an epoch), median "
-        f"{training[len(training) // 2]:,.0f} images/s, data wait {sum(r.data_wait_share for r in rows) / len(rows):.1%}"
+        f"{rate:,.0f} images/s, data wait {wait:.1%}"
     )
     return table

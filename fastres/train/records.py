@@ -57,7 +57,7 @@ def read_log(folder: str | Path) -> list[Row]:
     try:
         with open(path, newline="") as file:
             lines = list(csv.DictReader(file))
-        return [Row(**{f: (int if f in ("epoch", "iteration") else float)(line[f]) for f in COLUMNS}) for line in lines]
+        return [Row(int(r["epoch"]), int(r["iteration"]), *(float(r[name]) for name in COLUMNS[2:])) for r in lines]
     except OSError as error:
         raise DataError(f"{path} can't be read: {error.strerror}; expected the folder of a training run") from error
     except (KeyError, ValueError, TypeError) as error:

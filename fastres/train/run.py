@@ -95,7 +95,7 @@ class Run:
             )
         model = build_model(settings, self.train_data)
         self.config: dict[str, Any] = dict(model.config)  # type: ignore[arg-type]
-        self.model = model.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.model = model.to(self.device).to(memory_format=torch.channels_last)
         assert settings.lr is not None and settings.epochs is not None and settings.weight_decay is not None
         assert settings.schedule is not None and settings.warmup is not None and settings.milestones is not None
         self.epochs, self.dtype = settings.epochs, DTYPES[settings.dtype]
@@ -118,7 +118,8 @@ class Run:
         """Write a checkpoint to each name in the run's folder."""
         state = {
             "config": self.config, "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
-            "schedule": asdict(self.schedule), "settings": asdict(self.settings), "loader": self.train_data.state_dict(),
+            "schedule": asdict(self.schedule), "settings": asdict(self.settings),
+            "loader": self.train_data.state_dict(),
             "epoch": self.epoch, "batch": self.batch, "iteration": self.iteration, "best": self.best,
             "rows": [asdict(row) for row in self.rows], "sums": self.sums.cpu(), "seconds": self.seconds,
             "waited": self.waited, "random": random_state(),

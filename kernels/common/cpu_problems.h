@@ -89,14 +89,4 @@ struct ChannelStatsBackward {
   void* out;            // y-like
 };
 
-// Adds the parts up in double: out[i*stride_out] for channel i of [begin, end) of row `row` of partial [parts, rows, C].
-static inline void sum_parts(const float* partial, int64_t parts, int64_t rows, int64_t row, int64_t channels, int64_t begin, int64_t end,
-                             float* out) {
-  for (int64_t c = begin; c < end; ++c) {
-    double total = 0;
-    for (int64_t p = 0; p < parts; ++p) total += partial[(p * rows + row) * channels + c];
-    out[c] = static_cast<float>(total);
-  }
-}
-
 }  // namespace fastres

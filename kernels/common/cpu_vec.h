@@ -175,6 +175,93 @@ FASTRES_INLINE void store(T* p, V x, int64_t lanes) {
   }
 }
 
+// ---- memory: K neighbouring vectors -------------------------------------------------------------------------------------------------
+// "T's lane order": for bf16, whole vectors come in pairs of the even and the odd elements, which costs one shift or one mask each and no
+// shuffle. Whatever meets them, coefficients and sums, is brought into that order once a block, not once a row.
+template <class T, int K, bool Partial>
+constexpr bool kPaired = sizeof(T) == sizeof(bf16) && !Partial && K % 2 == 0;
+
+#if defined(__clang__)
+#define FASTRES_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define FASTRES_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (Mask){__VA_ARGS__})
+#endif
+
+FASTRES_INLINE void split_even_odd(Vec* a, Vec* b) {
+  const Vec x = *a, y = *b;
+#if defined(__AVX512F__)
+  *a = FASTRES_SHUFFLE(x, y, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+  *b = FASTRES_SHUFFLE(x, y, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+#elif defined(__AVX2__)
+  *a = FASTRES_SHUFFLE(x, y, 0, 2, 4, 6, 8, 10, 12, 14);
+  *b = FASTRES_SHUFFLE(x, y, 1, 3, 5, 7, 9, 11, 13, 15);
+#else
+  *a = FASTRES_SHUFFLE(x, y, 0, 2, 4, 6);
+  *b = FASTRES_SHUFFLE(x, y, 1, 3, 5, 7);
+#endif
+}
+
+FASTRES_INLINE void join_even_odd(Vec* a, Vec* b) {
+  const Vec x = *a, y = *b;
+#if defined(__AVX512F__)
+  *a = FASTRES_SHUFFLE(x, y, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  *b = FASTRES_SHUFFLE(x, y, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+#elif defined(__AVX2__)
+  *a = FASTRES_SHUFFLE(x, y, 0, 8, 1, 9, 2, 10, 3, 11);
+  *b = FASTRES_SHUFFLE(x, y, 4, 12, 5, 13, 6, 14, 7, 15);
+#else
+  *a = FASTRES_SHUFFLE(x, y, 0, 4, 1, 5);
+  *b = FASTRES_SHUFFLE(x, y, 2, 6, 3, 7);
+#endif
+}
+
+template <bool Partial, class T, int K>
+FASTRES_INLINE void load_vectors(const T* p, int64_t lanes, Vec (&out)[K]) {
+  for (int k = 0; k < K; ++k) {
+    if constexpr (kPaired<T, K, Partial>) {
+      if (k % 2) continue;
+      Bits pair;
+      __builtin_memcpy(&pair, p + k * kWidth, sizeof pair);
+      out[k] = (Vec)(pair << 16);
+      out[k + 1] = (Vec)(pair & 0xffff0000u);
+    } else {
+      out[k] = load<Vec, Partial>(p + k * kWidth, lanes);
+    }
+  }
+}
+
+template <bool Partial, class T, int K>
+FASTRES_INLINE void store_vectors(T* p, const Vec (&x)[K], int64_t lanes) {
+  for (int k = 0; k < K; ++k) {
+    if constexpr (kPaired<T, K, Partial>) {
+      if (k % 2) continue;
+      const Bits pair = (bf16_bits(x[k]) >> 16) | (bf16_bits(x[k + 1]) & 0xffff0000u);
+      __builtin_memcpy(p + k * kWidth, &pair, sizeof pair);
+    } else {
+      store<Partial>(p + k * kWidth, x[k], lanes);
+    }
+  }
+}
+
+// Floats that belong to K vectors of T: brought into T's lane order, and back.
+template <class T, bool Partial, int K>
+FASTRES_INLINE void load_floats(const float* p, int64_t lanes, Vec (&out)[K]) {
+  for (int k = 0; k < K; ++k) out[k] = load<Vec, Partial>(p + k * kWidth, lanes);
+  if constexpr (kPaired<T, K, Partial>) {
+    for (int k = 0; k < K; k += 2) split_even_odd(&out[k], &out[k + 1]);
+  }
+}
+
+template <class T, bool Partial, int K>
+FASTRES_INLINE void store_floats(float* p, const Vec (&x)[K], int64_t lanes) {
+  Vec out[K];
+  for (int k = 0; k < K; ++k) out[k] = x[k];
+  if constexpr (kPaired<T, K, Partial>) {
+    for (int k = 0; k < K; k += 2) join_even_odd(&out[k], &out[k + 1]);
+  }
+  for (int k = 0; k < K; ++k) store<Partial>(p + k * kWidth, out[k], lanes);
+}
+
 // The sum of the lanes, in double and in a fixed order.
 FASTRES_INLINE double sum(Vec x) {
   double total = 0;

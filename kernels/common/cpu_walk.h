@@ -23,13 +23,13 @@ constexpr int kBlockVectors = 4;
 // A tile of rows is walked block by block, so it should stay in the first-level cache for all the streams of a kernel.
 constexpr int64_t kTileElements = 2048;
 
-// A per-channel vector [C], at the lanes of vector k of a block.
-template <bool Planes, bool Partial>
-FASTRES_INLINE Vec channel_load(const float* p, const Block& b, int k) {
+// A per-channel vector [C], at the lanes of a block's K vectors of T.
+template <class T, bool Planes, bool Partial, int K>
+FASTRES_INLINE void channel_load(const float* p, const Block& b, Vec (&out)[K]) {
   if constexpr (Planes) {
-    return splat<Vec>(p[b.channel]);
+    for (int k = 0; k < K; ++k) out[k] = splat<Vec>(p[b.channel]);
   } else {
-    return load<Vec, Partial>(p + b.channel + k * kWidth, b.lanes);
+    load_floats<T, Partial>(p + b.channel, b.lanes, out);
   }
 }
 
@@ -59,12 +59,12 @@ FASTRES_INLINE void walk(const Shape& s, int64_t item, Body& body) {
   }
 }
 
-// Partial sums of one part: `count` rows of C floats, [count, C].
+// Partial sums of one part: `Count` rows of C floats, [Count, C].
 // channels_last: the rows themselves are the running sums. Contiguous: the lanes of each block are added up in double.
-template <bool Planes, int Count>
+template <class T, bool Planes, int Count>
 struct Sums {
-  float* out;         // [Count, C], of this part
-  int64_t channels;   // C
+  float* out;           // [Count, C], of this part
+  int64_t channels;     // C
   double total[Count];  // contiguous only: the running sum of this item's channel
 
   FASTRES_INLINE Sums begin(float* out, int64_t channels) {
@@ -78,8 +78,10 @@ struct Sums {
   template <int K, bool Partial>
   __attribute__((always_inline)) void open(const Block& b, Vec (&acc)[Count][K]) const {
     for (int i = 0; i < Count; ++i) {
-      for (int k = 0; k < K; ++k) {
-        acc[i][k] = Planes ? Vec{} : load<Vec, Partial>(out + i * channels + b.channel + k * kWidth, b.lanes);
+      if constexpr (Planes) {
+        for (int k = 0; k < K; ++k) acc[i][k] = Vec{};
+      } else {
+        load_floats<T, Partial>(out + i * channels + b.channel, b.lanes, acc[i]);
       }
     }
   }
@@ -87,12 +89,10 @@ struct Sums {
   template <int K, bool Partial>
   __attribute__((always_inline)) void close(const Block& b, const Vec (&acc)[Count][K]) {
     for (int i = 0; i < Count; ++i) {
-      for (int k = 0; k < K; ++k) {
-        if constexpr (Planes) {
-          total[i] += sum(acc[i][k]);
-        } else {
-          store<Partial>(out + i * channels + b.channel + k * kWidth, acc[i][k], b.lanes);
-        }
+      if constexpr (Planes) {
+        for (int k = 0; k < K; ++k) total[i] += sum(acc[i][k]);
+      } else {
+        store_floats<T, Partial>(out + i * channels + b.channel, acc[i], b.lanes);
       }
     }
   }
@@ -103,5 +103,22 @@ struct Sums {
     }
   }
 };
+
+// Channels that a merge over parts keeps in registers or the first-level cache; its inner loops run over them and vectorise.
+constexpr int64_t kMergeChannels = 64;
+
+// Adds the parts up in double: out[c], for the channels [begin, end), of row `row` of partial [parts, rows, C].
+static inline void sum_parts(const float* partial, int64_t parts, int64_t rows, int64_t row, int64_t channels, int64_t begin, int64_t end,
+                             float* out) {
+  for (int64_t first = begin; first < end; first += kMergeChannels) {
+    const int64_t n = min64(kMergeChannels, end - first);
+    double total[kMergeChannels] = {};
+    for (int64_t part = 0; part < parts; ++part) {
+      const float* from = partial + (part * rows + row) * channels + first;
+      for (int64_t i = 0; i < n; ++i) total[i] += from[i];
+    }
+    for (int64_t i = 0; i < n; ++i) out[first + i] = static_cast<float>(total[i]);
+  }
+}
 
 }  // namespace fastres::FASTRES_ISA

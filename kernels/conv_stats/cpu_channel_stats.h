@@ -17,17 +17,19 @@ template <class T, bool Planes, bool Squares>
 struct StatsPass {
   const ChannelStats& p;
   const float* pivot;  // [C]
-  Sums<Planes, Squares ? 2 : 1> sums;
+  Sums<T, Planes, Squares ? 2 : 1> sums;
 
   template <int K, bool Partial>
   __attribute__((always_inline)) void block(const Block& b) {
     const T* y = static_cast<const T*>(p.y) + b.offset;
     Vec at[K], acc[Squares ? 2 : 1][K];
-    for (int k = 0; k < K; ++k) at[k] = channel_load<Planes, Partial>(pivot, b, k);
+    channel_load<T, Planes, Partial>(pivot, b, at);
     sums.template open<K, Partial>(b, acc);
     for (int64_t r = 0; r < b.rows; ++r) {
+      Vec x[K];
+      load_vectors<Partial>(y + r * b.stride, b.lanes, x);
       for (int k = 0; k < K; ++k) {
-        Vec d = load<Vec, Partial>(y + r * b.stride + k * kWidth, b.lanes) - at[k];
+        Vec d = x[k] - at[k];
         if constexpr (Planes && Partial) {
           // Lanes past the end read as 0 and would count as -pivot, since here all lanes are summed.
           for (int64_t i = b.lanes; i < kWidth; ++i) d[i] = 0.0f;
@@ -52,12 +54,13 @@ void channel_stats(const ChannelStats& p, int64_t begin, int64_t end) {
                                  : part * rows_per_part(p.shape) * C;
     for (int64_t c = first; c < last; ++c) pivot[c] = to_float(static_cast<const T*>(p.y)[start + c - first]);
 
-    StatsPass<T, Planes, false> mean{p, pivot, Sums<Planes, 1>::begin(pivot + C, C)};
+    StatsPass<T, Planes, false> mean{p, pivot, Sums<T, Planes, 1>::begin(pivot + C, C)};
     walk<Planes>(p.shape, item, mean);
     mean.sums.end(first);
-    for (int64_t c = first; c < last; ++c) pivot[c] += pivot[C + c] / static_cast<float>(n);
+    const float share = 1.0f / static_cast<float>(n);
+    for (int64_t c = first; c < last; ++c) pivot[c] += pivot[C + c] * share;
 
-    StatsPass<T, Planes, true> both{p, pivot, Sums<Planes, 2>::begin(pivot + C, C)};
+    StatsPass<T, Planes, true> both{p, pivot, Sums<T, Planes, 2>::begin(pivot + C, C)};
     walk<Planes>(p.shape, item, both);
     both.sums.end(first);
   }
@@ -66,22 +69,25 @@ void channel_stats(const ChannelStats& p, int64_t begin, int64_t end) {
 // Merges the parts for the channels [begin, end): mean [C] and biased variance [C]. No elements at all give NaN, like torch.var.
 static inline void channel_stats_merge(const ChannelStats& p, int64_t begin, int64_t end, float* mean_out, float* var_out) {
   const int64_t C = p.shape.channels, parts = parts_of(p.shape);
-  for (int64_t c = begin; c < end; ++c) {
-    double count = 0, mean = 0, m2 = 0;
+  for (int64_t first = begin; first < end; first += kMergeChannels) {
+    const int64_t channels = min64(kMergeChannels, end - first);
+    double count = 0, mean[kMergeChannels] = {}, m2[kMergeChannels] = {};
     for (int64_t part = 0; part < parts; ++part) {
-      const float* row = p.partial + part * 3 * C + c;
+      const float* pivot = p.partial + part * 3 * C + first;  // [3, C] from channel `first` on
       const double n = static_cast<double>(positions_of_part(p.shape, part));
-      const double s1 = row[C], part_mean = row[0] + s1 / n, part_m2 = row[2 * C] - s1 * s1 / n;
-      const double delta = part_mean - mean, total = count + n;
-      mean += delta * (n / total);
-      m2 += part_m2 + delta * delta * (count * n / total);
+      const double total = count + n, each = 1.0 / n, share = n / total, cross = count * n / total;
+      for (int64_t i = 0; i < channels; ++i) {
+        const double s1 = pivot[C + i], delta = pivot[i] + s1 * each - mean[i];
+        mean[i] += delta * share;
+        m2[i] += (pivot[2 * C + i] - s1 * s1 * each) + delta * delta * cross;
+      }
       count = total;
     }
-    const double nan = __builtin_nan("");
-    const double var = m2 / count;
-    mean_out[c] = static_cast<float>(count > 0 ? mean : nan);
-    // Rounding can leave a tiny negative sum of squares; a NaN must stay one.
-    var_out[c] = static_cast<float>(count > 0 ? (var < 0 ? 0.0 : var) : nan);
+    for (int64_t i = 0; i < channels; ++i) {
+      const double var = m2[i] / count;  // 0/0 without elements
+      mean_out[first + i] = static_cast<float>(count > 0 ? mean[i] : var);
+      var_out[first + i] = static_cast<float>(var < 0 ? 0.0 : var);  // rounding can leave a tiny negative one; NaN stays
+    }
   }
 }
 
@@ -96,18 +102,16 @@ struct StatsBackward {
     const T* grad = static_cast<const T*>(p.grad_y) + (HasGrad ? b.offset : 0);
     T* out = static_cast<T*>(p.out) + b.offset;
     Vec mean[K], offset[K], slope[K];
-    for (int k = 0; k < K; ++k) {
-      mean[k] = channel_load<Planes, Partial>(p.mean, b, k);
-      offset[k] = channel_load<Planes, Partial>(p.offset, b, k);
-      slope[k] = channel_load<Planes, Partial>(p.slope, b, k);
-    }
+    channel_load<T, Planes, Partial>(p.mean, b, mean);
+    channel_load<T, Planes, Partial>(p.offset, b, offset);
+    channel_load<T, Planes, Partial>(p.slope, b, slope);
     for (int64_t r = 0; r < b.rows; ++r) {
-      for (int k = 0; k < K; ++k) {
-        const int64_t at = r * b.stride + k * kWidth;
-        Vec g = fma(slope[k], load<Vec, Partial>(y + at, b.lanes) - mean[k], offset[k]);
-        if constexpr (HasGrad) g += load<Vec, Partial>(grad + at, b.lanes);
-        store<Partial>(out + at, g, b.lanes);
-      }
+      const int64_t at = r * b.stride;
+      Vec x[K], g[K] = {};
+      load_vectors<Partial>(y + at, b.lanes, x);
+      if constexpr (HasGrad) load_vectors<Partial>(grad + at, b.lanes, g);
+      for (int k = 0; k < K; ++k) g[k] += fma(slope[k], x[k] - mean[k], offset[k]);
+      store_vectors<Partial>(out + at, g, b.lanes);
     }
   }
 };

@@ -22,18 +22,26 @@ struct Coefficients {
   __attribute__((always_inline)) V operator()(V x) const { return fma(scale, x - center, shift); }
 };
 
-template <bool Planes, bool Partial>
-FASTRES_INLINE Coefficients<Vec> coefficients(const Affine& a, const Block& b, int k) {
-  return {channel_load<Planes, Partial>(a.scale, b, k), channel_load<Planes, Partial>(a.center, b, k),
-          channel_load<Planes, Partial>(a.shift, b, k)};
-}
+// Those of a block's K vectors of T.
+template <int K>
+struct BlockCoefficients {
+  Vec scale[K], center[K], shift[K];
+
+  template <class T, bool Planes, bool Partial>
+  __attribute__((always_inline)) void read(const Affine& a, const Block& b) {
+    channel_load<T, Planes, Partial>(a.scale, b, scale);
+    channel_load<T, Planes, Partial>(a.center, b, center);
+    channel_load<T, Planes, Partial>(a.shift, b, shift);
+  }
+  __attribute__((always_inline)) Vec operator()(Vec x, int k) const { return Coefficients<Vec>{scale[k], center[k], shift[k]}(x); }
+};
 
 // The pre-activation z, from y and the residual.
-template <Residual Kind>
-FASTRES_INLINE Vec pre_activation(const Coefficients<Vec>& main, const Coefficients<Vec>& res, Vec y, Vec residual) {
-  Vec z = main(y);
+template <Residual Kind, int K>
+FASTRES_INLINE Vec pre_activation(const BlockCoefficients<K>& main, const BlockCoefficients<K>& res, Vec y, Vec residual, int k) {
+  Vec z = main(y, k);
   if constexpr (Kind == Residual::plain) z += residual;
-  if constexpr (Kind == Residual::affine) z += res(residual);
+  if constexpr (Kind == Residual::affine) z += res(residual, k);
   return z;
 }
 
@@ -46,19 +54,18 @@ struct Forward {
     const T* y = static_cast<const T*>(p.y) + b.offset;
     const T* residual = static_cast<const T*>(p.residual) + (Kind == Residual::none ? 0 : b.offset);
     T* out = static_cast<T*>(p.out) + b.offset;
-    Coefficients<Vec> main[K], res[K];
-    for (int k = 0; k < K; ++k) {
-      main[k] = coefficients<Planes, Partial>(p.main, b, k);
-      if constexpr (Kind == Residual::affine) res[k] = coefficients<Planes, Partial>(p.res, b, k);
-    }
+    BlockCoefficients<K> main, res;
+    main.template read<T, Planes, Partial>(p.main, b);
+    if constexpr (Kind == Residual::affine) res.template read<T, Planes, Partial>(p.res, b);
     for (int64_t r = 0; r < b.rows; ++r, y += b.stride, residual += b.stride, out += b.stride) {
+      Vec yk[K], rk[K] = {}, result[K];
+      load_vectors<Partial>(y, b.lanes, yk);
+      if constexpr (Kind != Residual::none) load_vectors<Partial>(residual, b.lanes, rk);
       for (int k = 0; k < K; ++k) {
-        const Vec yk = load<Vec, Partial>(y + k * kWidth, b.lanes);
-        Vec rk{};
-        if constexpr (Kind != Residual::none) rk = load<Vec, Partial>(residual + k * kWidth, b.lanes);
-        const Vec z = pre_activation<Kind>(main[k], res[k], yk, rk);
-        store<Partial>(out + k * kWidth, Relu ? relu(z) : z, b.lanes);
+        const Vec z = pre_activation<Kind>(main, res, yk[k], rk[k], k);
+        result[k] = Relu ? relu(z) : z;
       }
+      store_vectors<Partial>(out, result, b.lanes);
     }
   }
 };
@@ -74,7 +81,7 @@ struct Backward {
   static constexpr int kSums = Kind == Residual::affine ? 3 : 2;
   static constexpr bool kReadResidual = Kind == Residual::affine || (Kind == Residual::plain && Relu);
   const ScaleShiftActBackward& p;
-  Sums<Planes, kSums> sums;
+  Sums<T, Planes, kSums> sums;
 
   template <int K, bool Partial>
   __attribute__((always_inline)) void block(const Block& b) {
@@ -83,28 +90,30 @@ struct Backward {
     const T* residual = static_cast<const T*>(p.residual) + (kReadResidual ? b.offset : 0);
     T* grad_y = static_cast<T*>(p.grad_y) + b.offset;
     T* grad_residual = static_cast<T*>(p.grad_residual) + (WantResidual ? b.offset : 0);
-    Coefficients<Vec> main[K], res[K];
+    BlockCoefficients<K> main, res;
     Vec acc[kSums][K];
-    for (int k = 0; k < K; ++k) {
-      main[k] = coefficients<Planes, Partial>(p.main, b, k);
-      if constexpr (Kind == Residual::affine) res[k] = coefficients<Planes, Partial>(p.res, b, k);
-    }
+    main.template read<T, Planes, Partial>(p.main, b);
+    if constexpr (Kind == Residual::affine) res.template read<T, Planes, Partial>(p.res, b);
     sums.template open<K, Partial>(b, acc);
     for (int64_t r = 0; r < b.rows; ++r) {
+      const int64_t at = r * b.stride;
+      Vec yk[K], dz[K], rk[K] = {}, out[K], out_residual[K];
+      load_vectors<Partial>(y + at, b.lanes, yk);
+      load_vectors<Partial>(grad + at, b.lanes, dz);
+      if constexpr (kReadResidual) load_vectors<Partial>(residual + at, b.lanes, rk);
       for (int k = 0; k < K; ++k) {
-        const int64_t at = r * b.stride + k * kWidth;
-        const Vec yk = load<Vec, Partial>(y + at, b.lanes);
-        Vec dz = load<Vec, Partial>(grad + at, b.lanes), rk{};
-        if constexpr (kReadResidual) rk = load<Vec, Partial>(residual + at, b.lanes);
-        if constexpr (Relu) dz = where_positive(pre_activation<Kind>(main[k], res[k], yk, rk), dz);
-        acc[0][k] = fma(dz, yk - main[k].center, acc[0][k]);
-        acc[1][k] += dz;
-        store<Partial>(grad_y + at, main[k].scale * dz, b.lanes);
-        if constexpr (Kind == Residual::affine) acc[2][k] = fma(dz, rk - res[k].center, acc[2][k]);
-        if constexpr (WantResidual) {
-          store<Partial>(grad_residual + at, Kind == Residual::affine ? res[k].scale * dz : dz, b.lanes);
+        if constexpr (Relu) dz[k] = where_positive(pre_activation<Kind>(main, res, yk[k], rk[k], k), dz[k]);
+        acc[0][k] = fma(dz[k], yk[k] - main.center[k], acc[0][k]);
+        acc[1][k] += dz[k];
+        out[k] = main.scale[k] * dz[k];
+        if constexpr (Kind == Residual::affine) {
+          acc[2][k] = fma(dz[k], rk[k] - res.center[k], acc[2][k]);
+          out_residual[k] = res.scale[k] * dz[k];
         }
       }
+      store_vectors<Partial>(grad_y + at, out, b.lanes);
+      if constexpr (WantResidual && Kind == Residual::affine) store_vectors<Partial>(grad_residual + at, out_residual, b.lanes);
+      if constexpr (WantResidual && Kind == Residual::plain) store_vectors<Partial>(grad_residual + at, dz, b.lanes);
     }
     sums.template close<K, Partial>(b, acc);
   }
@@ -116,7 +125,7 @@ void scale_shift_act_backward(const ScaleShiftActBackward& p, int64_t begin, int
   const int64_t C = p.shape.channels;
   for (int64_t item = begin; item < end; ++item) {
     const int64_t part = Planes ? item / C : item;
-    Body body{p, Sums<Planes, Body::kSums>::begin(p.partial + part * Body::kSums * C, C)};
+    Body body{p, Sums<T, Planes, Body::kSums>::begin(p.partial + part * Body::kSums * C, C)};
     walk<Planes>(p.shape, item, body);
     body.sums.end(Planes ? item % C : 0);
   }

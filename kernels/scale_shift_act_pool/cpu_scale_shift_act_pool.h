@@ -145,47 +145,71 @@ void scale_shift_act_pool(const ScaleShiftActPool& p, int64_t begin, int64_t end
   }
 }
 
-// One input element: the gradients of the windows that chose it, through the ReLU, into grad_y and the two sums.
-template <class V, bool Partial, class T, bool Relu>
-FASTRES_INLINE void pool_back_one(const ScaleShiftActPoolBackward& p, const Coefficients<V>& c, const Field& f, int64_t out_offset, int64_t h,
-                                  int64_t w, V* sum_scale, V* sum_shift) {
-  const Window& win = p.window;
-  // Windows [oh0, oh1) by [ow0, ow1) cover (h, w): oh*stride - padding <= h < oh*stride - padding + kernel.
-  const int64_t oh0 = max64(0, ceil_div(h + win.padding - win.kernel + 1, win.stride));
-  const int64_t ow0 = max64(0, ceil_div(w + win.padding - win.kernel + 1, win.stride));
-  const int64_t oh1 = min64(win.out_height, (h + win.padding) / win.stride + 1);
-  const int64_t ow1 = min64(win.out_width, (w + win.padding) / win.stride + 1);
-  V dz{};
-  for (int64_t oh = oh0; oh < oh1; ++oh) {
-    for (int64_t ow = ow0; ow < ow1; ++ow) {
-      const int64_t at = out_offset + (oh * win.out_width + ow) * f.step;
-      const int64_t position = (h + win.padding - oh * win.stride) * win.kernel + w + win.padding - ow * win.stride;
-      const V where = load_index<V, Partial>(p.index + at, f.lanes);
-      const V grad = load<V, Partial>(static_cast<const T*>(p.grad) + at, f.lanes);
-      dz += (where == splat<V>(static_cast<float>(position))) ? grad : V{};
-    }
+// The windows [first, last) that cover one input coordinate x: o*stride - padding <= x < o*stride - padding + kernel. Stepping to x+1
+// costs no division.
+struct Cover {
+  int64_t stride, outputs, enter, enter_left, leave, leave_left;
+
+  FASTRES_INLINE Cover at(const Window& w, int64_t outputs, int64_t x) {
+    const int64_t in = x + w.padding, out = in - w.kernel;  // window o is entered at in = o*stride and left at out = o*stride
+    const int64_t before = out >= 0 ? out / w.stride : -1;  // the last window that was left
+    return {w.stride, outputs, in / w.stride, w.stride - in % w.stride, before, (before + 1) * w.stride - out};
   }
+  __attribute__((always_inline)) void step() {
+    if (--enter_left == 0) ++enter, enter_left = stride;
+    if (--leave_left == 0) ++leave, leave_left = stride;
+  }
+  __attribute__((always_inline)) int64_t first() const { return leave + 1; }
+  __attribute__((always_inline)) int64_t last() const { return min64(outputs, enter + 1); }
+};
+
+// `count` input elements side by side, from (h, w) on, for one channel group: the gradients of the windows that chose each, through the
+// ReLU, into grad_y and the two sums. `grad` and `index` start at out_offset for this image (and plane).
+template <class V, bool Partial, class T, bool Relu>
+FASTRES_INLINE void pool_back_run(const ScaleShiftActPoolBackward& p, const Coefficients<V>& c, const Field& f, int64_t out_offset, int64_t h,
+                                  int64_t w, int64_t count, V* sum_scale, V* sum_shift) {
+  const Window& win = p.window;
+  const Cover rows = Cover::at(win, win.out_height, h);
+  Cover columns = Cover::at(win, win.out_width, w);
+  const T* grad = static_cast<const T*>(p.grad) + out_offset;
+  const uint8_t* index = p.index + out_offset;
   const int64_t at = f.offset + (h * p.shape.width + w) * f.step;
-  const V y = load<V, Partial>(static_cast<const T*>(p.y) + at, f.lanes);
-  if constexpr (Relu) dz = where_positive(c(y), dz);
-  *sum_scale = fma(dz, y - c.center, *sum_scale);
-  *sum_shift += dz;
-  store<Partial>(static_cast<T*>(p.grad_y) + at, c.scale * dz, f.lanes);
+  const T* y = static_cast<const T*>(p.y) + at;
+  T* grad_y = static_cast<T*>(p.grad_y) + at;
+  V total_scale = *sum_scale, total_shift = *sum_shift;
+  for (int64_t i = 0; i < count; ++i, columns.step(), y += f.step, grad_y += f.step) {
+    V dz{};
+    for (int64_t oh = rows.first(); oh < rows.last(); ++oh) {
+      for (int64_t ow = columns.first(); ow < columns.last(); ++ow) {
+        const int64_t from = (oh * win.out_width + ow) * f.step;
+        const int64_t position = (h + win.padding - oh * win.stride) * win.kernel + w + i + win.padding - ow * win.stride;
+        const V where = load_index<V, Partial>(index + from, f.lanes);
+        dz += (where == splat<V>(static_cast<float>(position))) ? load<V, Partial>(grad + from, f.lanes) : V{};
+      }
+    }
+    const V x = load<V, Partial>(y, f.lanes);
+    if constexpr (Relu) dz = where_positive(c(x), dz);
+    total_scale = fma(dz, x - c.center, total_scale);
+    total_shift += dz;
+    store<Partial>(grad_y, c.scale * dz, f.lanes);
+  }
+  *sum_scale = total_scale;
+  *sum_shift = total_shift;
 }
 
 template <bool Partial, class T, bool Relu>
 FASTRES_INLINE void pool_back_channels(const ScaleShiftActPoolBackward& p, float* sums, const Field& f, int64_t out_offset, int64_t h,
-                                       int64_t w) {
+                                       int64_t w, int64_t count) {
   const Coefficients<Vec> c = pool_coefficients<Vec, Partial>(p.main, f.channel, f.lanes);
   float* scale = sums + f.channel;
   float* shift = sums + p.shape.channels + f.channel;
   Vec sum_scale = load<Vec, Partial>(scale, f.lanes), sum_shift = load<Vec, Partial>(shift, f.lanes);
-  pool_back_one<Vec, Partial, T, Relu>(p, c, f, out_offset, h, w, &sum_scale, &sum_shift);
+  pool_back_run<Vec, Partial, T, Relu>(p, c, f, out_offset, h, w, count, &sum_scale, &sum_shift);
   store<Partial>(scale, sum_scale, f.lanes);
   store<Partial>(shift, sum_shift, f.lanes);
 }
 
-// Items: items_of(shape of y).
+// Items: items_of(shape of y). A part is walked in runs that stay inside one row of the image.
 template <class T, bool Planes, bool Relu>
 void scale_shift_act_pool_backward(const ScaleShiftActPoolBackward& p, int64_t begin, int64_t end) {
   const Shape& s = p.shape;
@@ -195,21 +219,28 @@ void scale_shift_act_pool_backward(const ScaleShiftActPoolBackward& p, int64_t b
     float* sums = p.partial + part * 2 * C;
     if constexpr (Planes) {
       const int64_t channel = item % C, image = part / pieces_of(s), start = part % pieces_of(s) * kPieceElements;
-      const Field f{(image * C + channel) * plane, 1, channel, 1};
+      const int64_t offset = image * C + channel;
+      const Field f{offset * plane, 1, channel, 1};
       const Coefficients<float> c = pool_coefficients<float, false>(p.main, channel, 1);
-      float sum_scale = 0, sum_shift = 0;
-      for (int64_t i = start; i < start + n; ++i) {
-        pool_back_one<float, false, T, Relu>(p, c, f, (image * C + channel) * out_plane, i / s.width, i % s.width, &sum_scale, &sum_shift);
+      double total_scale = 0, total_shift = 0;
+      for (int64_t i = start, run; i < start + n; i += run) {
+        float sum_scale = 0, sum_shift = 0;
+        run = min64(start + n - i, s.width - i % s.width);
+        pool_back_run<float, false, T, Relu>(p, c, f, offset * out_plane, i / s.width, i % s.width, run, &sum_scale, &sum_shift);
+        total_scale += sum_scale;
+        total_shift += sum_shift;
       }
-      sums[channel] = sum_scale;
-      sums[C + channel] = sum_shift;
+      sums[channel] = static_cast<float>(total_scale);
+      sums[C + channel] = static_cast<float>(total_shift);
     } else {
       for (int64_t i = 0; i < 2 * C; ++i) sums[i] = 0.0f;
-      for (int64_t row = part * rows_per_part(s), last = row + n; row < last; ++row) {
+      const int64_t first = part * rows_per_part(s);
+      for (int64_t row = first, run; row < first + n; row += run) {
         const int64_t image = row / plane, h = row % plane / s.width, w = row % s.width, y = image * plane * C, out = image * out_plane * C;
+        run = min64(first + n - row, s.width - w);
         int64_t c = 0;
-        for (; c + kWidth <= C; c += kWidth) pool_back_channels<false, T, Relu>(p, sums, {y + c, C, c, kWidth}, out + c, h, w);
-        if (c < C) pool_back_channels<true, T, Relu>(p, sums, {y + c, C, c, C - c}, out + c, h, w);
+        for (; c + kWidth <= C; c += kWidth) pool_back_channels<false, T, Relu>(p, sums, {y + c, C, c, kWidth}, out + c, h, w, run);
+        if (c < C) pool_back_channels<true, T, Relu>(p, sums, {y + c, C, c, C - c}, out + c, h, w, run);
       }
     }
   }
