@@ -205,6 +205,6 @@ def _compare(model: nn.Module, fused: nn.Module, example: tuple[Any, ...]) -> No
         torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3)
     except (AssertionError, TypeError) as error:
         raise FusionError(
-            f"the fused {type(model).__name__} gives other results than the original on the example, so its forward does "
-            f"something a graph can't hold (a global that changes, a side effect …): {error}"
+            f"the fused {type(model).__name__} gives other results than the original on the example, so its forward "
+            f"does something a graph can't hold (a global that changes, a side effect …): {error}"
         ) from error

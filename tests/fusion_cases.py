@@ -295,3 +295,22 @@ def assert_same_network(model: nn.Module, fused: nn.Module, x: Tensor, tolerance
 def fused_pair(model: nn.Module) -> tuple[nn.Module, nn.Module]:
     model = randomise(model)
     return model, fastres.fuse(model)
+
+
+def image(dtype=torch.float64, size=9, batch=3):
+    return torch.randn(batch, 8, size, size - 2, dtype=dtype, generator=torch.Generator().manual_seed(3))
+
+
+class Wrapped(nn.Module):
+    """The layers of a block spread over nested containers."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Sequential(nn.Conv2d(8, 8, 3, padding="same"), nn.Sequential(nn.BatchNorm2d(8), nn.ReLU())),
+            nn.Sequential(nn.Conv2d(8, 12, 3, 2, 1, groups=4), nn.BatchNorm2d(12, affine=False), nn.ReLU(True)),
+        )
+        self.head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.5), nn.Linear(12, 3))
+
+    def forward(self, x):
+        return self.head(self.body(x))

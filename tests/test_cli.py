@@ -160,6 +160,13 @@ def test_doctor_compares_every_op(capsys):
     assert all(word in out for word in words)
 
 
+def test_doctor_compares_gradients_too():
+    for op, (function, arguments) in parity._cases():
+        found = parity._outcome((function, arguments), torch.float32, "cpu", "reference")
+        results = {"conv_stats": 3}.get(op, 1)
+        assert [t.shape for t in found[results:]][:2] == [a.shape for a in arguments[:2]], op
+
+
 @pytest.mark.parametrize("wrong", ["forward", "gradient"])
 def test_doctor_fails_when_an_op_disagrees(capsys, monkeypatch, wrong):
     honest = parity._outcome

@@ -2,6 +2,7 @@
 
 import logging
 import threading
+import time
 
 import pytest
 import torch
@@ -224,6 +225,7 @@ def test_resuming_around_broken_files_changes_no_bit(own_images, backend, batche
     iterator = iter(loader)
     for _ in range(batches):
         next(iterator)
+    time.sleep(0.3)  # let the reading thread find files that lie ahead: they are not part of the position
     state, rest = loader.state_dict(), collect(iterator)
     resumed = open_folder(own_images, backend=backend, on_bad_image="skip", batch_size=3)
     resumed.load_state_dict(state)

@@ -184,6 +184,30 @@ def test_a_run_that_was_killed_between_epochs_continues_bit_for_bit(finished, tm
     assert equal(outcome(tmp_path), outcome(finished[0]))
 
 
+def test_random_numbers_go_on_where_they_were(tmp_path):
+    def add_dropout(run):
+        run.model.register_forward_pre_hook(lambda model, x: (nn.functional.dropout(x[0], 0.2, model.training),))
+
+    for name, reporter in (
+        ("whole", Silent()),
+        ("parts", Silent((1, 3), lambda: os.kill(os.getpid(), signal.SIGTERM))),
+    ):
+        train(settings(tmp_path / name, epochs=1), reporter, add_dropout)
+    train(settings(tmp_path / "parts", epochs=1), Silent(), add_dropout)
+    assert equal(outcome(tmp_path / "parts"), outcome(tmp_path / "whole"))
+
+
+def test_the_best_checkpoint_is_the_best_epochs(tmp_path, monkeypatch):
+    from fastres.evaluate import Evaluation
+    from fastres.train import loop
+
+    accuracies = iter([0.5, 0.7, 0.7, 0.6])
+    monkeypatch.setattr(loop, "evaluate", lambda *_: Evaluation(next(accuracies), 1.0, 1.0, 100))
+    train(settings(tmp_path, epochs=4, limit=32), Silent())
+    best = checkpoint.load_checkpoint(tmp_path / "checkpoint-best.pt")
+    assert best["epoch"] == 2 and best["best"] == 0.7 and outcome(tmp_path)["best"] == 0.7
+
+
 def test_fused_and_reference_train_alike(finished, tmp_path):
     run, _ = train(settings(tmp_path, fused=False, epochs=1, threads=2), Silent())
     assert run.rows[0].train_loss == pytest.approx(finished[1].rows[0].train_loss, rel=2e-3)
@@ -252,6 +276,10 @@ def test_a_checkpoint_of_something_else_is_refused(finished, tmp_path):
         train(settings(out, batch_size=16), Silent())
     torch.save({"weights": torch.zeros(3)}, out / "checkpoint-last.pt")
     with pytest.raises(CheckpointError, match="is not a fastres checkpoint"):
+        train(settings(out), Silent())
+    state = checkpoint.load_checkpoint(out / "checkpoint-best.pt")
+    torch.save({**state, "format": 0}, out / "checkpoint-last.pt")
+    with pytest.raises(CheckpointError, match="is not a fastres checkpoint of format 1"):
         train(settings(out), Silent())
     (out / "checkpoint-last.pt").write_bytes(before["checkpoint-last.pt"][0])
     assert {k: v[0] for k, v in snapshot(out).items()} == {k: v[0] for k, v in before.items()}

@@ -17,9 +17,10 @@ _RELU_FUNCTIONS = (torch.relu, torch.relu_, F.relu, F.relu_)
 _ADD_FUNCTIONS = (operator.add, operator.iadd, torch.add)
 _ADD_METHODS = ("add", "add_", "__add__", "__iadd__", "__radd__")
 _ACTIVATIONS = ("torch.nn.modules.activation", "timm.layers.activations")
-_ACTIVATION_NAMES = set(
-    "relu6 silu gelu hardswish hardsigmoid leaky_relu elu selu celu mish sigmoid tanh prelu softplus hardtanh".split()
-)
+_ACTIVATION_NAMES = {
+    "relu6", "silu", "gelu", "hardswish", "hardsigmoid", "leaky_relu", "elu", "selu", "celu", "mish", "sigmoid",
+    "tanh", "prelu", "softplus", "hardtanh",
+}  # fmt: skip
 
 
 class Modules:

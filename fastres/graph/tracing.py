@@ -84,7 +84,7 @@ class _Proxy(fx.Proxy):
     """Refuses type checks in the network's code: isinstance(x, Tensor) is false for a proxy and true for the tensor."""
 
     @property
-    def __class__(self) -> type:  # isinstance() asks for it when the type itself does not match
+    def __class__(self) -> type:  # type: ignore[misc]  # isinstance() asks for it when the type itself does not match
         if not _internal(sys._getframe(1).f_code.co_filename):
             raise Untraceable("it checks the type of a value")
         return _Proxy
@@ -211,7 +211,7 @@ def trace(root: nn.Module, training: bool) -> tuple[fx.Graph, dict[str, str]]:
     except Exception as error:
         raise FusionError(
             f"{name} can't be fused as a whole: its forward can't be traced ({explain(error)}). Fuse the parts without "
-            "such code, e.g. model.backbone = fastres.fuse(model.backbone), or move that code into a submodule of its own."
+            "such code, e.g. model.backbone = fastres.fuse(model.backbone), or move that code into a submodule."
         ) from error
     for node, parameter in zip((n for n in graph.nodes if n.op == "placeholder"), parameters, strict=False):
         if parameter.name in defaults:
