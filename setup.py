@@ -1,6 +1,7 @@
 """Drives CMake, which defines the build. Never imports torch: its folder is enough.
 
-FASTRES_NATIVE  AUTO (default): build the native library, or say in one line why not and install pure Python; ON: fail instead; OFF: don't.
+FASTRES_NATIVE  AUTO (default): build the native library, or say in one line why not and install pure Python;
+                ON: fail instead; OFF: don't.
 FASTRES_CUDA    AUTO (default): build the CUDA library where nvcc is found; ON: fail without nvcc; OFF: don't.
 CMAKE_ARGS      more arguments for CMake, for example -DCMAKE_CUDA_ARCHITECTURES=90-real.
 """
@@ -81,14 +82,20 @@ class CMakeBuild(build_ext):
                     facts["native_error"] = str(second)
         if facts["native_error"] and (choice("FASTRES_NATIVE") == "ON" or cuda == "ON"):
             raise SystemExit(f"fastres: {facts['native_error']}")
-        self.built = [str(p) for p in [*package.glob("_native.*so"), *package.glob("_cuda.so"), package / "_build.json"]]
+        self.built = [
+            str(p) for p in [*package.glob("_native.*so"), *package.glob("_cuda.so"), package / "_build.json"]
+        ]
         if facts["native_error"]:
             facts["cuda_error"] = facts["native_error"]
-            print(f"fastres: installing without the native library: {facts['native_error']}", file=sys.stderr, flush=True)
+            print(
+                f"fastres: installing without the native library: {facts['native_error']}", file=sys.stderr, flush=True
+            )
         elif (package / "_cuda.so").exists():
             facts["cuda"] = json.loads(Path(self.build_temp, "cuda.json").read_text())
         elif not facts["cuda_error"]:
-            facts["cuda_error"] = "switched off (FASTRES_CUDA=OFF)" if cuda == "OFF" else "no CUDA compiler (nvcc) was found"
+            facts["cuda_error"] = (
+                "switched off (FASTRES_CUDA=OFF)" if cuda == "OFF" else "no CUDA compiler (nvcc) was found"
+            )
         (package / "_build.json").write_text(json.dumps(facts) + "\n")
 
     def build(self, package: Path, cuda: str) -> None:
@@ -119,7 +126,17 @@ class CMakeBuild(build_ext):
         }
         # --fresh: an isolated build's cmake and ninja live in a folder that is gone the next time.
         run(
-            [cmake, "--fresh", "-G", "Ninja", "-S", str(ROOT), "-B", str(build), *(f"-D{k}={v}" for k, v in settings.items())]
+            [
+                cmake,
+                "--fresh",
+                "-G",
+                "Ninja",
+                "-S",
+                str(ROOT),
+                "-B",
+                str(build),
+                *(f"-D{k}={v}" for k, v in settings.items()),
+            ]
             + shlex.split(os.environ.get("CMAKE_ARGS", "")),
             "configuring",
         )

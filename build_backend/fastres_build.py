@@ -1,8 +1,9 @@
 """PEP 517 backend: setuptools' own, plus torch as a build requirement only where no torch can be found.
 
-The native library needs torch's headers to build, and LibTorch's stable ABI makes any torch from 2.13 right for that, whichever
-torch it later runs with. So an isolated build uses the torch of the environment that it builds for, which isolation hides from
-`import` but not from a fresh interpreter. Naming torch in pyproject.toml instead would download a second one into every build.
+The native library needs torch's headers to build, and LibTorch's stable ABI makes any torch from 2.13 right for that,
+whichever torch it later runs with. So an isolated build uses the torch of the environment that it builds for, which
+isolation hides from `import` but not from a fresh interpreter. Naming torch in pyproject.toml instead would download a
+second one into every build.
 """
 
 from __future__ import annotations
@@ -39,18 +40,23 @@ def new_enough(folder: Path) -> bool:
 
 
 def find_torch() -> Path | None:
-    """The folder of torch: on this interpreter's path, or in the environment that an isolated build hides; None if in neither."""
+    """The folder of torch: on this interpreter's path, or in the environment that an isolated build hides, or None."""
     spec = importlib.util.find_spec("torch")
     if spec is not None and spec.submodule_search_locations:
         return Path(spec.submodule_search_locations[0])
     interpreters = [sys.executable]
-    if environment := os.environ.get("VIRTUAL_ENV"):  # front ends that build with an interpreter of their own keep this variable
+    # Front ends that build with an interpreter of their own keep this variable.
+    if environment := os.environ.get("VIRTUAL_ENV"):
         interpreters.append(str(Path(environment, "bin", "python")))
-    question = "import importlib.util as u; s = u.find_spec('torch'); print(s.submodule_search_locations[0] if s else '')"
+    question = (
+        "import importlib.util as u; s = u.find_spec('torch'); print(s.submodule_search_locations[0] if s else '')"
+    )
     for interpreter in interpreters:
         try:
             # -I: without PYTHONPATH, which is how isolation is done.
-            answer = subprocess.run([interpreter, "-I", "-c", question], capture_output=True, text=True, check=True).stdout.strip()
+            answer = subprocess.run(
+                [interpreter, "-I", "-c", question], capture_output=True, text=True, check=True
+            ).stdout.strip()
         except (OSError, subprocess.CalledProcessError):
             continue
         if answer:

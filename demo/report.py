@@ -153,11 +153,12 @@ def curves(logs: dict[str, list[Any]]) -> bytes:
         axes[1].plot(
             epochs, [100 * (1 - row.test_acc) for row in rows], **style, **dashes, marker="o", ms=4, label=kind
         )
-    for axis, title in zip(axes, ("loss (nats)", "test error (%)"), strict=True):
+    for axis, title in zip(axes, ("loss (nats, logarithmic)", "test error (%)"), strict=True):
         axis.set_title(title, loc="left", fontsize=10)
         axis.set_xlabel("epoch")
-        axis.set_ylim(bottom=0)
         axis.legend(frameon=False, fontsize=8)
+    axes[0].set_yscale("log")  # the first epochs' test loss, with statistics that lag behind, would dwarf the rest
+    axes[1].set_ylim(bottom=0)
     return _svg(figure)
 
 
@@ -183,6 +184,7 @@ def _subplots(columns: int, size: tuple[float, float]) -> tuple[Any, Any]:
     figure, axes = pyplot.subplots(1, columns, figsize=size, layout="constrained", squeeze=False)
     for axis in axes[0]:
         axis.grid(alpha=0.25)
+        axis.set_axisbelow(True)
         axis.spines[["top", "right"]].set_visible(False)
     return figure, axes[0]
 

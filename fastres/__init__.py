@@ -1,7 +1,7 @@
 """fastres: residual networks with fused conv-BatchNorm-ReLU-add kernels, drop-in for torchvision's.
 
-    model = fastres.resnet50(fused=True)
-    model.load_state_dict(torchvision_model.state_dict())
+model = fastres.resnet50(fused=True)
+model.load_state_dict(torchvision_model.state_dict())
 """
 
 from typing import TYPE_CHECKING, Any
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from . import errors
 from ._library import build_info
 from ._version import __version__
+
 from .ops import bn_coefficients, conv_act, conv_stats, scale_shift_act, scale_shift_act_pool  # isort: skip
 from .backends import use_backend
 from .models import (

@@ -1,7 +1,8 @@
 """Loads the compiled libraries, and says what was built and why something is missing.
 
 The operators' schemas are defined in Python (:mod:`fastres.ops.schemas`) before :func:`load` runs; the libraries only
-add implementations: ``fastres/_native*.so`` for the CPU and ``fastres/_cuda.so`` for CUDA, both on LibTorch's stable ABI.
+add implementations: ``fastres/_native*.so`` for the CPU and ``fastres/_cuda.so`` for CUDA, both on LibTorch's stable
+ABI.
 """
 
 import importlib
@@ -31,7 +32,9 @@ def _notes() -> dict[str, Any]:
 
 
 def _absent(name: str) -> str:
-    reason = _notes().get(f"{name}_error") or "it was not part of this build (FASTRES_NATIVE=OFF, or a plain source folder)"
+    reason = (
+        _notes().get(f"{name}_error") or "it was not part of this build (FASTRES_NATIVE=OFF, or a plain source folder)"
+    )
     return f"the {name} library is not installed: {reason}"
 
 

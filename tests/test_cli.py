@@ -82,6 +82,7 @@ def test_eval_of_a_checkpoint(trained, capsys, tmp_path):
     figures = json.loads((tmp_path / "f.json").read_text())
     assert code == 0 and figures["samples"] == 96 and f"{figures['top1']:.2%}" in out
     assert figures["top1"] == pytest.approx(expected[-1].test_acc, abs=1e-6)
+    assert figures["loss"] == pytest.approx(expected[-1].test_loss, rel=1e-4), "at the image size of the training"
     code, out, _ = command(capsys, "eval", trained / "checkpoint-last.pt", "--no-fused", "--limit", 96)
     assert code == 0 and "resnet20 (reference)" in out and f"{figures['top1']:.2%}" in out
 

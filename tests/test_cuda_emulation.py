@@ -1,4 +1,4 @@
-"""The CUDA kernels of scale_shift_act, compiled by g++ and run thread by thread on the CPU, against float64 formulas."""
+"""The CUDA kernels of scale_shift_act, compiled by g++ and run thread by thread, against float64 formulas."""
 
 import ctypes
 import itertools
@@ -50,7 +50,7 @@ def library(tmp_path_factory):
 
 
 def filled(like, offset=0):
-    """A tensor like ``like``, every element NaN: what a kernel forgets to write stays visible. ``offset`` elements off alignment."""
+    """Like ``like``, all NaN (what a kernel forgets to write stays visible), ``offset`` elements off alignment."""
     room = torch.full((like.numel() + offset,), float("nan"), dtype=like.dtype)
     return torch.as_strided(room, like.shape, like.stride(), offset)
 
@@ -86,7 +86,16 @@ def run(lib, y, main, residual, res, relu, grad=None, want_residual=True, offset
     return grads
 
 
-SHAPES = ((2, 1, 5, 7), (3, 3, 9, 4), (2, 17, 6, 5), (2, 64, 9, 8), (1, 136, 4, 4), (2, 8, 70, 64), (1, 2, 70, 91), (600, 4, 2, 8))
+SHAPES = (
+    (2, 1, 5, 7),
+    (3, 3, 9, 4),
+    (2, 17, 6, 5),
+    (2, 64, 9, 8),
+    (1, 136, 4, 4),
+    (2, 8, 70, 64),
+    (1, 2, 70, 91),
+    (600, 4, 2, 8),
+)
 
 
 def problems(shape, dtype, fmt):
@@ -129,7 +138,9 @@ def test_both_access_widths_are_covered(library):
 @pytest.mark.parametrize("fmt", cases.FORMATS, ids=["contiguous", "channels_last"])
 def test_unaligned_output_takes_the_narrow_path(library, fmt):
     for y, main, residual, res, relu, grad in problems((2, 16, 4, 8), torch.bfloat16, fmt):
-        assert torch.equal(run(library, y, main, residual, res, relu, offset=3), cases.forward(y, main, residual, res, relu))
+        assert torch.equal(
+            run(library, y, main, residual, res, relu, offset=3), cases.forward(y, main, residual, res, relu)
+        )
         grads = run(library, y, main, residual, res, relu, grad, offset=1)
         expected = cases.backward(grad, y, main, residual, res, relu)
         assert all(torch.equal(grads[name], expected[name]) for name in grads)
@@ -152,6 +163,11 @@ def test_nan_and_infinity(library):
         y[0, 1, 0, 0], y[1, 2, 3, 3], y[1, 3, 0, 1] = float("nan"), float("inf"), -float("inf")
         main = (torch.ones(8), torch.zeros(8), torch.zeros(8))
         out = run(library, y, main, None, None, True)
-        assert out.isnan().sum() == 1 and out[0, 1, 0, 0].isnan() and out[1, 2, 3, 3] == float("inf") and out[1, 3, 0, 1] == 0
+        assert (
+            out.isnan().sum() == 1
+            and out[0, 1, 0, 0].isnan()
+            and out[1, 2, 3, 3] == float("inf")
+            and out[1, 3, 0, 1] == 0
+        )
         grads = run(library, y, main, None, None, True, torch.ones_like(y))
         assert grads["grad_y"][0, 1, 0, 0] == 0 and grads["grad_y"].isfinite().all()

@@ -149,7 +149,23 @@ class TypeCheck(Gate):
         return self.bn(self.conv(x)) if isinstance(x, torch.Tensor) else self.conv(x)
 
 
-@pytest.mark.parametrize("part", [Gate, RandomGate, NoGrad, TypeCheck])
+class KnownTypes(Gate):
+    """Type checks whose answer is known: what a convolution gives is a tensor and no list."""
+
+    def forward(self, x):
+        y = self.conv(x)
+        if not isinstance(y, torch.Tensor) or not torch.is_tensor(y) or isinstance(y, list | tuple):
+            return y
+        return self.bn(y) + x
+
+
+def test_known_types():
+    model, fused = fused_pair(KnownTypes().double())
+    assert fused.fusion_report.counts == {"conv+bn+add": 1}
+    assert_same_network(model, fused, image())
+
+
+@pytest.mark.parametrize("part", [Gate, RandomGate, NoGrad])
 def test_untraceable_part_is_kept_whole(part):
     model = nn.Sequential(nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8), nn.ReLU(), part())
     model, fused = fused_pair(model.double())

@@ -193,24 +193,32 @@ def test_weights_from_files(tmp_path):
         fastres.create_model("resnet20", weights=tmp_path / "cut.pt")
     with pytest.raises(ModelError, match=r"another architecture: name 'resnet20'"):
         fastres.create_model("resnet56", weights=tmp_path / "w.pt")
-    with pytest.raises(ModelError, match="v1.5, but 'resnet50' was built as v1"):
+    with pytest.raises(ModelError, match=r"v1\.5, but 'resnet50' was built as v1"):
         fastres.create_model("resnet50", weights="IMAGENET1K_V1", version="v1")
     with pytest.raises(ModelError, match="torchvision has no weights 'BOGUS'"):
         fastres.create_model("resnet50", weights="BOGUS")
 
 
 def test_registry_errors():
-    with pytest.raises(ModelError, match="unknown model 'resnet5'; close to .*resnet50"):
+    with pytest.raises(ModelError, match=r"unknown model 'resnet5'; close to .*resnet50"):
         fastres.create_model("resnet5")
-    with pytest.raises(ModelError, match="version='v2': expected one of 'v1.5', 'v1'"):
+    with pytest.raises(ModelError, match=r"version='v2': expected one of 'v1\.5', 'v1'"):
         fastres.resnet50(version="v2")
-    with pytest.raises(ModelError, match="resnet50.*unexpected keyword argument 'depth'"):
+    with pytest.raises(ModelError, match=r"resnet50.*unexpected keyword argument 'depth'"):
         fastres.resnet50(depth=3)
-    with pytest.raises(ModelError, match="plain18.*fixes shortcut"):
+    with pytest.raises(ModelError, match=r"plain18.*fixes shortcut"):
         fastres.create_model("plain18", shortcut="A")
     with pytest.raises(ModelError, match="num_classes=0: expected a positive integer"):
         fastres.resnet18(num_classes=0)
-    assert fastres.list_models("plain*") == ["plain18", "plain34", "plain20", "plain32", "plain44", "plain56", "plain110"]
+    assert fastres.list_models("plain*") == [
+        "plain18",
+        "plain34",
+        "plain20",
+        "plain32",
+        "plain44",
+        "plain56",
+        "plain110",
+    ]
 
 
 @pytest.mark.parametrize("fused", [True, False])
@@ -264,7 +272,7 @@ def test_frozen_bn_changes_nothing():
     opt.step()
     for key, value in model.state_dict().items():
         changed = not torch.equal(value, before[key])
-        assert changed == (key.endswith("weight") and "bn" not in key or key == "fc.bias"), key
+        assert changed == ((key.endswith("weight") and "bn" not in key) or key == "fc.bias"), key
     model.freeze_bn(False)
     assert all(m.training for m in model.modules())
 

@@ -1,4 +1,4 @@
-"""The native CPU operators against float64 formulas: values, gradients, layouts, tails, threads, instruction sets, errors."""
+"""The native CPU operators against float64 formulas: values, gradients, layouts, threads, instruction sets, errors."""
 
 import os
 import subprocess
@@ -140,7 +140,12 @@ def test_channel_stats_backward_exact(dtype, fmt):
         n = shape[0] * shape[2] * shape[3]
         slope = 2 * cases.per_channel(grad_var) * (y.double() - cases.per_channel(mean)) / n
         offset = cases.per_channel(grad_mean) / n
-        for gy, gm, gv in ((grad, grad_mean, grad_var), (None, grad_mean, grad_var), (grad, None, grad_var), (grad, grad_mean, None)):
+        for gy, gm, gv in (
+            (grad, grad_mean, grad_var),
+            (None, grad_mean, grad_var),
+            (grad, None, grad_var),
+            (grad, grad_mean, None),
+        ):
             want = (0 if gy is None else gy.double()) + (0 if gm is None else offset) + (0 if gv is None else slope)
             got = OPS.channel_stats_backward_native(gy, y, mean, gm, gv)
             assert torch.equal(got, want.to(dtype).expand(shape)) and layout_of(got) == layout_of(y)
@@ -204,12 +209,16 @@ def test_bf16_rounding():
         want = bits.to(torch.bfloat16)
         assert torch.equal(out.isnan(), want.isnan())
         assert torch.equal(out.view(torch.int16)[~want.isnan()], want.view(torch.int16)[~want.isnan()])
-    assert OPS.scale_shift_act_native(torch.full((1, 1, 1, 1), -0.0), one, zero, -zero, None, None, None, None, False) == 0
+    assert (
+        OPS.scale_shift_act_native(torch.full((1, 1, 1, 1), -0.0), one, zero, -zero, None, None, None, None, False) == 0
+    )
 
 
 def random_results(fmt, dtype):
     g = torch.Generator().manual_seed(3)
-    y, residual, grad = (torch.randn(3, 48, 41, 37, generator=g).to(dtype).contiguous(memory_format=fmt) for _ in range(3))
+    y, residual, grad = (
+        torch.randn(3, 48, 41, 37, generator=g).to(dtype).contiguous(memory_format=fmt) for _ in range(3)
+    )
     main, res = (tuple(torch.randn(48, generator=g) for _ in range(3)) for _ in range(2))
     args = (y, *main, residual, *res, True)
     out, index = OPS.scale_shift_act_pool_native(y, *main, True, 3, 2, 1)
@@ -243,10 +252,14 @@ def test_masks_agree_with_the_forward_on_random_inputs(fmt):
     y, residual = (torch.randn(2, 37, 30, 30, generator=g).contiguous(memory_format=fmt) for _ in range(2))
     main, res = (tuple(torch.randn(37, generator=g) for _ in range(3)) for _ in range(2))
     # put many pre-activations within rounding of zero
-    residual = (residual * 1e-7 - cases.pre_activation(y, main).float() - cases.per_channel(res[2]).float()) / cases.per_channel(res[0])
+    residual = (
+        residual * 1e-7 - cases.pre_activation(y, main).float() - cases.per_channel(res[2]).float()
+    ) / cases.per_channel(res[0])
     residual = (residual + cases.per_channel(res[1])).float().contiguous(memory_format=fmt)
     out = OPS.scale_shift_act_native(y, *main, residual, *res, True)
-    grad_shift_map = OPS.scale_shift_act_backward_native(torch.ones_like(y), y, torch.ones(37), *main[1:], None, None, None, None, False, False)
+    grad_shift_map = OPS.scale_shift_act_backward_native(
+        torch.ones_like(y), y, torch.ones(37), *main[1:], None, None, None, None, False, False
+    )
     assert grad_shift_map[0].eq(1).all()
     grads = OPS.scale_shift_act_backward_native(torch.ones_like(y), y, *main, residual, *res, True, True)
     kept = grads[3] != 0
@@ -268,7 +281,19 @@ def test_dtype_shape_and_device_errors():
     fails(r"scale must be \[C\] = \[3\] .*got \[4\]", op, y, torch.zeros(4), v, v, *none, True)
     fails(r"center must be float32, got float64", op, y, v, v.double(), v, *none, True)
     fails(r"shift must be contiguous, got stride 2", op, y, v, v, torch.zeros(6)[::2], *none, True)
-    fails(r"residual must have the shape \[2, 3, 4, 4\], got \[1, 3, 4, 4\]", op, y, v, v, v, y[:1], None, None, None, True)
+    fails(
+        r"residual must have the shape \[2, 3, 4, 4\], got \[1, 3, 4, 4\]",
+        op,
+        y,
+        v,
+        v,
+        v,
+        y[:1],
+        None,
+        None,
+        None,
+        True,
+    )
     fails(r"residual must have y's dtype float32, got bfloat16", op, y, v, v, v, y.bfloat16(), None, None, None, True)
     fails(r"given together, got 2 of 3", op, y, v, v, v, y, v, v, None, True)
     fails(r"need a residual, got none", op, y, v, v, v, None, v, v, v, True)
@@ -284,7 +309,9 @@ def test_dtype_shape_and_device_errors():
     out, index = pool(y, v, v, v, True, 3, 2, 1)
     pool_back = OPS.scale_shift_act_pool_backward_native
     fails(r"index must be uint8, got int64", pool_back, out, index.long(), y, v, v, v, True, 3, 2, 1)
-    fails(r"grad must have the shape \[2, 3, 2, 2\], got \[2, 3, 4, 4\]", pool_back, y, index, y, v, v, v, True, 3, 2, 1)
+    fails(
+        r"grad must have the shape \[2, 3, 2, 2\], got \[2, 3, 4, 4\]", pool_back, y, index, y, v, v, v, True, 3, 2, 1
+    )
     fails(r"index must have the shape", OPS.scale_shift_act_pool_gather_native, y, v, v, v, index[:1], True, 3, 2, 1)
     stats_back = OPS.channel_stats_backward_native
     fails(r"grad_mean must be \[C\] = \[3\]", stats_back, y, y, v, torch.zeros(1), v)

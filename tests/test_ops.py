@@ -35,7 +35,7 @@ def compare(op, backend, tensors, kwargs, truth_dtypes=torch.float64):
         outputs = [o for o in (outputs if isinstance(outputs, tuple) else (outputs,)) if o.numel()]
         gen = torch.Generator().manual_seed(7)
         # the same upstream gradients for all three, representable in the working dtype
-        working = {o.dtype for o in outputs} and [t for t in tensors if t is not None][0].dtype
+        working = {o.dtype for o in outputs} and next(t for t in tensors if t is not None).dtype
         ups = [torch.randn(o.shape, generator=gen).to(working).to(o.dtype) for o in outputs]
         wanted = [t for t in inputs if t is not None]
         grads = torch.autograd.grad(outputs, wanted, ups, allow_unused=True) if outputs else []
@@ -149,7 +149,7 @@ def test_gradcheck(op, backend):
 
 
 def dispatcher_arguments(op, dtype):
-    tensors, kwargs = problem(op, dtype)
+    tensors, _ = problem(op, dtype)
     tensors = tuple(t if t is None else t.clone().requires_grad_() for t in tensors)
     if op == "scale_shift_act":
         return (*tensors, True)
@@ -189,7 +189,7 @@ def test_opcheck_backward(op, backend):
 
 def test_opcheck_helpers():
     y = random_map((2, 17, 5, 5), torch.float32)
-    mean, var = torch.ops.fastres.channel_stats_native(y)
+    mean, _ = torch.ops.fastres.channel_stats_native(y)
     utils = ("test_schema", "test_faketensor")
     assert set(HELPERS) == {"channel_stats_native", "channel_stats_backward_native"}
     torch.library.opcheck(torch.ops.fastres.channel_stats_native.default, (y,), test_utils=utils)
@@ -204,7 +204,7 @@ def test_double_backward_is_an_explicit_error(op, backend):
     out = call(op, backend, *inputs, **kwargs)
     out = out[0] if isinstance(out, tuple) else out
     (grad,) = torch.autograd.grad(out.square().sum(), inputs[0], create_graph=True)
-    with pytest.raises(RuntimeError, match="double backward of .* is not supported"):
+    with pytest.raises(RuntimeError, match=r"double backward of .* is not supported"):
         grad.sum().backward()
 
 
@@ -285,9 +285,11 @@ class TestErrors:
             ops.scale_shift_act_pool(self.x, v, v, v, kernel=15, padding=0)
 
     def test_unknown_and_unfit_backends(self, monkeypatch):
-        with pytest.raises(RuntimeError, match="unknown backend 'nativ'.*did you mean 'native'"):
-            with fastres.use_backend("nativ"):
-                pass
+        with (
+            pytest.raises(RuntimeError, match=r"unknown backend 'nativ'.*did you mean 'native'"),
+            fastres.use_backend("nativ"),
+        ):
+            pass
         v = torch.ones(4, dtype=torch.float64)
         with fastres.use_backend("native"), pytest.raises(RuntimeError, match="native takes float32, bfloat16"):
             ops.scale_shift_act(self.x.double(), v, v, v)

@@ -16,7 +16,8 @@ import fastres
 from fastres import _library
 
 ROOT = Path(__file__).parent.parent
-LIBRARIES = sorted(Path(_library.__file__).parent.glob("_native*.so")) + sorted(Path(_library.__file__).parent.glob("_cuda.so"))
+PACKAGE = Path(_library.__file__).parent
+LIBRARIES = [*PACKAGE.glob("_native*.so"), *PACKAGE.glob("_cuda.so")]
 each_library = pytest.mark.parametrize("library", LIBRARIES, ids=lambda p: p.name.split(".")[0])
 
 
@@ -57,13 +58,14 @@ def test_exports_only_the_module(library):
 
 
 def test_kernels_of_an_instruction_set_share_no_function(tmp_path):
-    """An inline function outside its namespace could be the AVX-512 copy on a CPU without it; the linker keeps only one."""
+    """The linker keeps one copy of a shared inline function: a CPU without AVX-512 could get that one."""
     compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
     assert compiler, "no C++ compiler"
     source, made = ROOT / "csrc" / "native" / "kernels.cpp", tmp_path / "kernels.o"
     # -O0 inlines nothing that isn't forced: whatever could be shared shows up.
     output(compiler, "-std=c++20", "-O0", "-Wno-psabi", "-DFASTRES_ISA=probe", "-c", str(source), "-o", str(made))
-    weak = [line for line in output("nm", "-C", "--defined-only", str(made)).splitlines() if re.search(r" [WVu] ", line)]
+    symbols = output("nm", "-C", "--defined-only", str(made)).splitlines()
+    weak = [line for line in symbols if re.search(r" [WVu] ", line)]
     assert weak and not [line for line in weak if "fastres::probe" not in line]
 
 

@@ -154,8 +154,8 @@ struct AffineTensors {
   Tensor scale, center, shift;
 };
 
-inline AffineTensors check_affine(const Checker& c, const std::string& prefix, const Tensor& scale, const Tensor& center, const Tensor& shift,
-                                  const Tensor& y) {
+inline AffineTensors check_affine(const Checker& c, const std::string& prefix, const Tensor& scale, const Tensor& center,
+                                  const Tensor& shift, const Tensor& y) {
   c.vector((prefix + "scale").c_str(), scale, y);
   c.vector((prefix + "center").c_str(), center, y);
   c.vector((prefix + "shift").c_str(), shift, y);

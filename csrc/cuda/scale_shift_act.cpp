@@ -19,8 +19,8 @@ cuda::Affine pointers(const AffineTensors& t) {
 }
 
 // Shapes, flags and the inputs that forward and backward share; y and residual are dense in `format`.
-cuda::Problem problem_of(const Tensor& y, const OptionalTensor& residual, const AffineTensors& main, const std::optional<AffineTensors>& res,
-                         bool relu, MemoryFormat format) {
+cuda::Problem problem_of(const Tensor& y, const OptionalTensor& residual, const AffineTensors& main,
+                         const std::optional<AffineTensors>& res, bool relu, MemoryFormat format) {
   cuda::Problem p{};
   p.type = y.scalar_type() == ScalarType::Float  ? cuda::Type::float32
            : y.scalar_type() == ScalarType::Half ? cuda::Type::float16
@@ -49,8 +49,8 @@ void launch(const Checker& c, const Tensor& y, const cuda::Problem& p, Launch fu
   }
 }
 
-Tensor forward(Tensor y, Tensor scale, Tensor center, Tensor shift, OptionalTensor residual, OptionalTensor res_scale, OptionalTensor res_center,
-               OptionalTensor res_shift, bool relu) {
+Tensor forward(Tensor y, Tensor scale, Tensor center, Tensor shift, OptionalTensor residual, OptionalTensor res_scale,
+               OptionalTensor res_center, OptionalTensor res_shift, bool relu) {
   const Checker c{"fastres::scale_shift_act_cuda"};
   c.activation("y", y, kCudaTypes);
   const AffineTensors main = check_affine(c, "", scale, center, shift, y);

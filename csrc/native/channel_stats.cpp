@@ -51,8 +51,14 @@ Tensor backward(OptionalTensor grad_y, Tensor y, Tensor mean, OptionalTensor gra
     if (gm) offset[i] = static_cast<float>(gm[i] / n);
     if (gv) slope[i] = static_cast<float>(2.0 * gv[i] / n);
   }
-  const ChannelStatsBackward problem{s, is_bfloat16(y), grad_y ? grad_y->const_data_ptr() : nullptr, y.const_data_ptr(),
-                                     mean.const_data_ptr<float>(), offset.data(), slope.data(), out.mutable_data_ptr()};
+  const ChannelStatsBackward problem{s,
+                                     is_bfloat16(y),
+                                     grad_y ? grad_y->const_data_ptr() : nullptr,
+                                     y.const_data_ptr(),
+                                     mean.const_data_ptr<float>(),
+                                     offset.data(),
+                                     slope.data(),
+                                     out.mutable_data_ptr()};
   run_items(table.channel_stats_backward, problem, items_of(s), elements_of_item(s));
   return out;
 }

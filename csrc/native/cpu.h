@@ -9,8 +9,8 @@
 namespace fastres {
 
 struct Isa {
-  std::string name;    // the chosen one; empty when `error` is not
-  std::string error;   // why FASTRES_ISA can't be honoured; empty when all is well
+  std::string name;                    // the chosen one; empty when `error` is not
+  std::string error;                   // why FASTRES_ISA can't be honoured; empty when all is well
   std::vector<std::string> supported;  // what this build has and this CPU can run, lowest first
 };
 

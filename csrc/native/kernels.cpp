@@ -38,9 +38,8 @@ void with_residual(Residual kind, F f) {
 void forward(const ScaleShiftAct& p, int64_t begin, int64_t end) {
   with_format(p.bfloat16, p.shape.planes, [&](auto type, auto planes) {
     with_residual(p.residual_kind, [&](auto kind) {
-      with_bool(p.relu, [&](auto relu) {
-        scale_shift_act<typename decltype(type)::type, planes.value, kind.value, relu.value>(p, begin, end);
-      });
+      with_bool(p.relu,
+                [&](auto relu) { scale_shift_act<typename decltype(type)::type, planes.value, kind.value, relu.value>(p, begin, end); });
     });
   });
 }
@@ -53,9 +52,8 @@ void backward(const ScaleShiftActBackward& p, int64_t begin, int64_t end) {
         if constexpr (kind.value == Residual::none) {
           scale_shift_act_backward<T, planes.value, kind.value, relu.value, false>(p, begin, end);
         } else {
-          with_bool(p.grad_residual != nullptr, [&](auto want) {
-            scale_shift_act_backward<T, planes.value, kind.value, relu.value, want.value>(p, begin, end);
-          });
+          with_bool(p.grad_residual != nullptr,
+                    [&](auto want) { scale_shift_act_backward<T, planes.value, kind.value, relu.value, want.value>(p, begin, end); });
         }
       });
     });
@@ -65,38 +63,34 @@ void backward(const ScaleShiftActBackward& p, int64_t begin, int64_t end) {
 template <bool Gather>
 void pool(const ScaleShiftActPool& p, int64_t begin, int64_t end) {
   with_format(p.bfloat16, p.shape.planes, [&](auto type, auto planes) {
-    with_bool(p.relu, [&](auto relu) {
-      scale_shift_act_pool<Gather, typename decltype(type)::type, planes.value, relu.value>(p, begin, end);
-    });
+    with_bool(p.relu,
+              [&](auto relu) { scale_shift_act_pool<Gather, typename decltype(type)::type, planes.value, relu.value>(p, begin, end); });
   });
 }
 
 void pool_backward(const ScaleShiftActPoolBackward& p, int64_t begin, int64_t end) {
   with_format(p.bfloat16, p.shape.planes, [&](auto type, auto planes) {
-    with_bool(p.relu, [&](auto relu) {
-      scale_shift_act_pool_backward<typename decltype(type)::type, planes.value, relu.value>(p, begin, end);
-    });
+    with_bool(p.relu,
+              [&](auto relu) { scale_shift_act_pool_backward<typename decltype(type)::type, planes.value, relu.value>(p, begin, end); });
   });
 }
 
 void stats(const ChannelStats& p, int64_t begin, int64_t end) {
-  with_format(p.bfloat16, p.shape.planes, [&](auto type, auto planes) {
-    channel_stats<typename decltype(type)::type, planes.value>(p, begin, end);
-  });
+  with_format(p.bfloat16, p.shape.planes,
+              [&](auto type, auto planes) { channel_stats<typename decltype(type)::type, planes.value>(p, begin, end); });
 }
 
 void stats_backward(const ChannelStatsBackward& p, int64_t begin, int64_t end) {
   with_format(p.bfloat16, p.shape.planes, [&](auto type, auto planes) {
-    with_bool(p.grad_y != nullptr, [&](auto has_grad) {
-      channel_stats_backward<typename decltype(type)::type, planes.value, has_grad.value>(p, begin, end);
-    });
+    with_bool(p.grad_y != nullptr,
+              [&](auto has_grad) { channel_stats_backward<typename decltype(type)::type, planes.value, has_grad.value>(p, begin, end); });
   });
 }
 
 }  // namespace
 
 extern const KernelTable kernel_table;
-const KernelTable kernel_table = {forward, backward, pool<false>, pool<true>, pool_backward, stats, channel_stats_merge, sum_parts,
-                                  stats_backward};
+const KernelTable kernel_table = {forward,   backward,      pool<false>, pool<true>, pool_backward, stats, channel_stats_merge,
+                                  sum_parts, stats_backward};
 
 }  // namespace fastres::FASTRES_ISA

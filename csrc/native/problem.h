@@ -44,9 +44,8 @@ void over_channels(int64_t channels, int64_t parts, const F& f) {
 inline void add_parts(const float* partial, const Shape& s, int64_t rows, int64_t row, const Tensor& out) {
   float* result = out.mutable_data_ptr<float>();
   const int64_t parts = rows_of(s) > 0 ? parts_of(s) : 0;
-  over_channels(s.channels, parts, [&](int64_t begin, int64_t end) {
-    kernels().sum_parts(partial, parts, rows, row, s.channels, begin, end, result);
-  });
+  over_channels(s.channels, parts,
+                [&](int64_t begin, int64_t end) { kernels().sum_parts(partial, parts, rows, row, s.channels, begin, end, result); });
 }
 
 }  // namespace fastres

@@ -10,8 +10,8 @@ Residual kind_of(const OptionalTensor& residual, const std::optional<AffineTenso
   return affine ? Residual::affine : residual ? Residual::plain : Residual::none;
 }
 
-Tensor forward(Tensor y, Tensor scale, Tensor center, Tensor shift, OptionalTensor residual, OptionalTensor res_scale, OptionalTensor res_center,
-               OptionalTensor res_shift, bool relu) {
+Tensor forward(Tensor y, Tensor scale, Tensor center, Tensor shift, OptionalTensor residual, OptionalTensor res_scale,
+               OptionalTensor res_center, OptionalTensor res_shift, bool relu) {
   const Checker c{"fastres::scale_shift_act_native"};
   const KernelTable& table = kernels();
   c.activation("y", y, kCpuTypes);

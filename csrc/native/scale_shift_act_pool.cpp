@@ -50,13 +50,20 @@ std::tuple<Tensor, Tensor> pool(Tensor y, Tensor scale, Tensor center, Tensor sh
   Tensor index = empty_as(y, out_sizes(y, window), ScalarType::Byte, format);
   if (out.numel() == 0) return {out, index};
   const Shape s = pool_shape(y, format);
-  const ScaleShiftActPool problem{s, is_bfloat16(y), relu, pointers(main), window, y.const_data_ptr(), out.mutable_data_ptr(),
+  const ScaleShiftActPool problem{s,
+                                  is_bfloat16(y),
+                                  relu,
+                                  pointers(main),
+                                  window,
+                                  y.const_data_ptr(),
+                                  out.mutable_data_ptr(),
                                   static_cast<uint8_t*>(index.mutable_data_ptr())};
   run_items(table.scale_shift_act_pool, problem, pool_items(s, window), pool_elements(s, window));
   return {out, index};
 }
 
-Tensor gather(Tensor y, Tensor scale, Tensor center, Tensor shift, Tensor index, bool relu, int64_t kernel, int64_t stride, int64_t padding) {
+Tensor gather(Tensor y, Tensor scale, Tensor center, Tensor shift, Tensor index, bool relu, int64_t kernel, int64_t stride,
+              int64_t padding) {
   const Checker c{"fastres::scale_shift_act_pool_gather_native"};
   const KernelTable& table = kernels();
   c.activation("y", y, kCpuTypes);
@@ -98,9 +105,16 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor grad, Tensor index, Tensor y,
   const Shape s = pool_shape(y, format);
   const auto partial = scratch(y.numel() == 0 ? 0 : parts_of(s) * 2 * C);
   if (y.numel() != 0) {
-    const ScaleShiftActPoolBackward problem{s, is_bfloat16(y), relu, pointers(main), window, grad.const_data_ptr(),
-                                            static_cast<const uint8_t*>(index.const_data_ptr()), y.const_data_ptr(),
-                                            grad_y.mutable_data_ptr(), partial.get()};
+    const ScaleShiftActPoolBackward problem{s,
+                                            is_bfloat16(y),
+                                            relu,
+                                            pointers(main),
+                                            window,
+                                            grad.const_data_ptr(),
+                                            static_cast<const uint8_t*>(index.const_data_ptr()),
+                                            y.const_data_ptr(),
+                                            grad_y.mutable_data_ptr(),
+                                            partial.get()};
     run_items(table.scale_shift_act_pool_backward, problem, items_of(s), elements_of_item(s));
   }
   add_parts(partial.get(), s, 2, 0, grad_scale);

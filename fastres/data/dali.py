@@ -50,7 +50,9 @@ def _pipeline(files: list[str], labels: list[int], augment: bool, gpu_size: int 
     mirror = fn.random.coin_flip()
     if not gpu_size:
         return pixels, label, mirror
-    resized: Any = fn.resize(pixels, size=[gpu_size, gpu_size], interp_type=DALIInterpType.INTERP_LINEAR, antialias=True)
+    resized: Any = fn.resize(
+        pixels, size=[gpu_size, gpu_size], interp_type=DALIInterpType.INTERP_LINEAR, antialias=True
+    )
     return fn.flip(resized, horizontal=mirror), label
 
 

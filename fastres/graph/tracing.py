@@ -6,6 +6,7 @@ leaf), with the reason in ``leaves``; only when the network's own forward does i
 """
 
 import inspect
+import operator
 import random
 import sys
 import traceback
@@ -80,14 +81,36 @@ def _random_state() -> tuple[Any, ...]:
     return (random.getstate(), state.get("pos"), bytes(state.get("key", b"")))
 
 
-class _Proxy(fx.Proxy):
-    """Refuses type checks in the network's code: isinstance(x, Tensor) is false for a proxy and true for the tensor."""
+# Modules and functions that give one tensor, whatever else a module might return.
+_ONE_TENSOR = (
+    nn.modules.conv._ConvNd, BatchNorm, nn.Linear, nn.Identity, nn.ReLU, nn.ReLU6, nn.SiLU, nn.AvgPool2d,
+    nn.AdaptiveAvgPool2d, nn.GroupNorm,
+)  # fmt: skip
+_ONE_TENSOR_FUNCTIONS = (torch.cat, torch.relu, torch.flatten, nn.functional.relu)
+_ARITHMETIC = (operator.add, operator.iadd, operator.mul, torch.add, torch.mul)
 
-    @property
-    def __class__(self) -> type:  # type: ignore[misc]  # isinstance() asks for it when the type itself does not match
-        if not _internal(sys._getframe(1).f_code.co_filename):
-            raise Untraceable("it checks the type of a value")
-        return _Proxy
+
+class _Proxy(fx.Proxy):
+    """Answers type checks in the network's code as the tensor would, or refuses them where it may not be a tensor."""
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:  # isinstance() asks for it when the type itself does not match
+        code = sys._getframe(1).f_code
+        if _internal(code.co_filename) and code.co_name != "is_tensor":
+            return _Proxy
+        if _is_tensor(self.node, self.tracer.root):  # type: ignore[attr-defined]
+            return torch.Tensor
+        raise Untraceable("it checks the type of a value")
+
+
+def _is_tensor(node: fx.Node, root: nn.Module) -> bool:
+    """Whether the value is known to be one tensor."""
+    if node.op == "call_module":
+        return isinstance(root.get_submodule(str(node.target)), _ONE_TENSOR)
+    if node.op != "call_function":
+        return False
+    arithmetic = node.target in _ARITHMETIC and any(_is_tensor(n, root) for n in node.all_input_nodes)
+    return arithmetic or node.target in _ONE_TENSOR_FUNCTIONS
 
 
 class Tracer(fx.Tracer):

@@ -81,7 +81,9 @@ def _check_architecture(
     different = {k: (v, module.config.get(k)) for k, v in stored.items() if v != module.config.get(k)}
     if different:
         words = ", ".join(f"{k} {given!r} (the model has {own!r})" for k, (given, own) in different.items())
-        raise ModelError(f"this state dict belongs to another architecture: {words}. Tensor shapes may agree, results won't.")
+        raise ModelError(
+            f"this state dict belongs to another architecture: {words}. Tensor shapes may agree, results won't."
+        )
 
 
 def initialise(model: nn.Module) -> None:

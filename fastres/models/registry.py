@@ -123,7 +123,9 @@ def _torchvision_weights(name: str, weights: str) -> dict[str, Any]:
     try:
         from torchvision.models import get_model_weights
     except (ImportError, RuntimeError) as error:
-        raise ModelError(f"weights={weights!r} names torchvision's weights, but torchvision can't be used: {error}") from error
+        raise ModelError(
+            f"weights={weights!r} names torchvision's weights, but torchvision can't be used: {error}"
+        ) from error
     try:
         return get_model_weights(name)[weights].get_state_dict(progress=False, check_hash=True)
     except (KeyError, ValueError) as error:

@@ -1,5 +1,6 @@
 """Plain and residual networks of 1512.03385: ImageNet (Table 1, Fig. 3) and CIFAR (section 4.2)."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastres.errors import ModelError
-from fastres.nn.blocks import BasicBlock, Bottleneck, Memory, ResidualBlock, Shortcut
+from fastres.nn.blocks import BasicBlock, Bottleneck, Memory, Shortcut
 from fastres.nn.functional import (
     channels_last,
     fused_conv_bn_act,
@@ -36,17 +37,21 @@ def _positive(option: str, value: Any) -> None:
         raise ModelError(f"{option}={value!r}: expected a positive integer")
 
 
+Block = type[BasicBlock] | type[Bottleneck]
+
+
 class _ResidualNetwork(Network):
     """Stem, stages of blocks, global average pool, fully connected layer."""
 
     conv1: nn.Conv2d
     bn1: nn.BatchNorm2d
+    fc: nn.Linear
     stages: tuple[str, ...]
     fused: bool
 
     def make_stages(
         self,
-        block: type[ResidualBlock],
+        block: Block,
         blocks: tuple[int, ...],
         widths: tuple[int, ...],
         **options: Any,
@@ -94,7 +99,7 @@ class ResNet(_ResidualNetwork):
 
     def __init__(
         self,
-        block: type[ResidualBlock],
+        block: Block,
         blocks: tuple[int, ...],
         *,
         fused: bool = True,
@@ -171,7 +176,7 @@ class CifarResNet(_ResidualNetwork):
 
 
 Weights = str | Path | None
-_IMAGENET: dict[int, tuple[type[ResidualBlock], tuple[int, ...], int, int]] = {
+_IMAGENET: dict[int, tuple[Block, tuple[int, ...], int, int]] = {
     # depth: block, blocks per stage, parameters and MACs of option B, v1.5 (systems of 1512.03385, Table 1)
     18: (BasicBlock, (2, 2, 2, 2), 11_689_512, 1_814_073_344),
     34: (BasicBlock, (3, 4, 6, 3), 21_797_672, 3_663_761_408),
@@ -190,7 +195,9 @@ _CIFAR: dict[int, tuple[int, int]] = {  # depth: parameters and MACs, plain and 
 }
 
 
-def _builder(name: str, cls: type[_ResidualNetwork], *args: Any, fixed: dict[str, Any] | None = None):
+def _builder(
+    name: str, cls: Callable[..., _ResidualNetwork], *args: Any, fixed: dict[str, Any] | None = None
+) -> Callable[..., _ResidualNetwork]:
     """A constructor with the family's options; ``fixed`` ones can't be changed by the caller."""
     fixed = fixed or {}
 

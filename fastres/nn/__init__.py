@@ -7,7 +7,15 @@ from torch import nn
 from .blocks import BasicBlock, Bottleneck, ConvBNAct, PaddingShortcut, ResidualBlock
 from .statistics import SyncBatchNorm2d
 
-__all__ = ["BasicBlock", "Bottleneck", "ConvBNAct", "PaddingShortcut", "ResidualBlock", "SyncBatchNorm2d", "convert_sync_bn"]
+__all__ = [
+    "BasicBlock",
+    "Bottleneck",
+    "ConvBNAct",
+    "PaddingShortcut",
+    "ResidualBlock",
+    "SyncBatchNorm2d",
+    "convert_sync_bn",
+]
 
 
 def convert_sync_bn(model: nn.Module, process_group: Any = None) -> nn.Module:

@@ -87,8 +87,7 @@ def _still_valid(
         known.settings == settings
         and known.versions == versions
         and all(
-            a.data_ptr() == b.data_ptr() and a.device == b.device
-            for a, b in zip(known.sources, sources, strict=True)
+            a.data_ptr() == b.data_ptr() and a.device == b.device for a, b in zip(known.sources, sources, strict=True)
         )
         and all(a.shape == b.shape and torch.equal(a, b) for a, b in zip(known.values, values, strict=True))
     )

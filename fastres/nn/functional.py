@@ -113,8 +113,9 @@ def fused_conv_bn_act(
     backends.entering(bn)
     if isinstance(residual, Pending) and residual.relu:
         residual = materialize(residual)
-    rest = (residual,) if isinstance(residual, Tensor) else residual[:4]
-    return ops.scale_shift_act(y, scale, center, shift, *rest, relu=relu)
+    if isinstance(residual, Tensor):
+        return ops.scale_shift_act(y, scale, center, shift, residual, relu=relu)
+    return ops.scale_shift_act(y, scale, center, shift, *residual[:4], relu=relu)
 
 
 def plain_conv_bn_act(

@@ -12,11 +12,11 @@ BatchNorm = nn.modules.batchnorm._BatchNorm
 
 
 class BatchStatistics(NamedTuple):
-    """Statistics of one batch: mean [C], biased variance [C], and the number of values per channel they are over."""
+    """Statistics of one batch: mean [C], biased variance [C], and the number of values per channel."""
 
     mean: Tensor
     var: Tensor
-    count: int | Tensor
+    values: int | Tensor
 
 
 def uses_batch_statistics(bn: BatchNorm) -> bool:
@@ -97,7 +97,7 @@ def merged(local: BatchStatistics, bn: BatchNorm) -> BatchStatistics:
         return local
     assert isinstance(bn, (SyncBatchNorm2d, nn.SyncBatchNorm))
     group = bn.process_group or dist.group.WORLD
-    n = float(local.count)
+    n = float(local.values)
     mean, var = (local.mean, local.var) if n else (torch.zeros_like(local.mean), torch.zeros_like(local.var))
     count = mean.new_tensor([n])
     sums = _AllReduceSum.apply(torch.cat([mean * n, count]), group)
@@ -109,7 +109,7 @@ def merged(local: BatchStatistics, bn: BatchNorm) -> BatchStatistics:
 
 def for_running(stats: BatchStatistics) -> tuple[Tensor, Tensor]:
     """(mean [C], unbiased variance [C]), detached: what running statistics are updated with."""
-    return stats.mean.detach(), stats.var.detach() * (stats.count / (stats.count - 1))
+    return stats.mean.detach(), stats.var.detach() * (stats.values / (stats.values - 1))
 
 
 @torch.no_grad()

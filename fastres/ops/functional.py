@@ -1,6 +1,6 @@
 """The public, stateless API of the ops: checks, autocast, backend choice. Shapes: N images, C channels in, K out."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -28,9 +28,7 @@ def _autocast(*tensors: Tensor | None) -> list[Tensor | None]:
     if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return list(tensors)
     dtype = torch.get_autocast_dtype(device)
-    return [
-        t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors
-    ]
+    return [t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors]
 
 
 def check_map(name: str, x: Tensor, channels: int | None = None) -> None:
@@ -38,7 +36,9 @@ def check_map(name: str, x: Tensor, channels: int | None = None) -> None:
     if x.dim() != 4:
         raise InputError(f"{name}: expected a 4-D tensor [N, C, H, W], got {x.dim()}-D with shape {list(x.shape)}")
     if not x.is_floating_point():
-        raise InputError(f"{name}: expected a floating-point tensor, got {x.dtype}; convert it, e.g. images.float() / 255")
+        raise InputError(
+            f"{name}: expected a floating-point tensor, got {x.dtype}; convert it, e.g. images.float() / 255"
+        )
     if channels is not None and x.shape[1] != channels:
         raise InputError(f"{name}: expected {channels} channels, got {x.shape[1]} (shape {list(x.shape)})")
 
@@ -153,7 +153,7 @@ def scale_shift_act(
     return out
 
 
-def _rebuild(forward, relu: bool, *tensors: Tensor) -> Tensor:
+def _rebuild(forward: Callable[..., Tensor], relu: bool, *tensors: Tensor) -> Tensor:
     return forward(*tensors, relu)
 
 
@@ -183,7 +183,9 @@ def scale_shift_act_pool(
     check_map("scale_shift_act_pool input", y)
     _check_vectors("scale_shift_act_pool", y, y.shape[1], scale=scale, center=center, shift=shift)
     if not (1 <= kernel <= 15 and stride >= 1 and 0 <= padding <= kernel // 2):
-        raise InputError(f"scale_shift_act_pool: kernel {kernel} (1…15), stride {stride} (≥ 1), padding {padding} (≤ kernel/2)")
+        raise InputError(
+            f"scale_shift_act_pool: kernel {kernel} (1…15), stride {stride} (≥ 1), padding {padding} (≤ kernel/2)"
+        )
     if min(y.shape[2], y.shape[3]) + 2 * padding < kernel:
         raise InputError(f"scale_shift_act_pool: a {kernel}x{kernel} window does not fit the map {list(y.shape)}")
     backend = backends.select("scale_shift_act_pool", y).backend
@@ -193,7 +195,7 @@ def scale_shift_act_pool(
     return recipes.attach(out, partial(_regather, gather, args), y, scale, center, shift, index)
 
 
-def _regather(gather, args: tuple[bool, int, int, int], *tensors: Tensor) -> Tensor:
+def _regather(gather: Callable[..., Tensor], args: tuple[bool, int, int, int], *tensors: Tensor) -> Tensor:
     return gather(*tensors, *args)
 
 
@@ -231,6 +233,8 @@ def conv_act(
         if list(residual.shape) != expected:
             raise InputError(f"conv_act: residual has shape {list(residual.shape)}, but the result has {expected}")
         if residual.device != x.device or residual.dtype != x.dtype:
-            raise InputError(f"conv_act: residual is {residual.dtype} on {residual.device}, input {x.dtype} on {x.device}")
+            raise InputError(
+                f"conv_act: residual is {residual.dtype} on {residual.device}, input {x.dtype} on {x.device}"
+            )
     backend = backends.select("conv_act", x).backend
     return overload("conv_act", backend)(x, weight, bias, residual, relu, stride, padding, dilation, groups)

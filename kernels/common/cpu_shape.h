@@ -30,14 +30,12 @@ static inline int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
 
 static inline int64_t plane_of(const Shape& s) { return s.height * s.width; }
 static inline int64_t rows_of(const Shape& s) { return s.images * plane_of(s); }
-static inline int64_t rows_per_part(const Shape& s) { 
+static inline int64_t rows_per_part(const Shape& s) {
   return min64(kMaxPartRows, max64(kMinPartRows, kPartElements / max64(1, s.channels)));
 }
 static inline int64_t pieces_of(const Shape& s) { return ceil_div(plane_of(s), kPieceElements); }
 
-static inline int64_t parts_of(const Shape& s) {
-  return s.planes ? s.images * pieces_of(s) : ceil_div(rows_of(s), rows_per_part(s));
-}
+static inline int64_t parts_of(const Shape& s) { return s.planes ? s.images * pieces_of(s) : ceil_div(rows_of(s), rows_per_part(s)); }
 static inline int64_t items_of(const Shape& s) { return s.planes ? parts_of(s) * s.channels : parts_of(s); }
 
 // Positions (rows, or elements of one plane) that part `part` covers.

@@ -11,7 +11,7 @@ _MKLDNN_DTYPES = (torch.float32, torch.bfloat16)
 
 
 def _onednn_serves(x: Tensor, weight: Tensor, grouped_residual: bool) -> bool:
-    return (
+    return bool(
         x.device.type == "cpu"
         and x.dtype in _MKLDNN_DTYPES
         # ATen fuses post-operations in channels_last only; in NCHW it falls back to separate passes, and fails in bf16
@@ -30,8 +30,8 @@ def _onednn(x, weight, bias, residual, relu, stride, padding, dilation, groups) 
     conv = (list(padding), list(stride), list(dilation), groups)
     if residual is None:
         return ops(x, weight, bias, *conv, "relu" if relu else "none", [], "")
-    unary = ("relu", [], "") if relu else (None, [], "")
-    return ops.binary(x, residual, weight, bias, *conv, "add", 1.0, *unary)
+    unary = "relu" if relu else None
+    return ops.binary(x, residual, weight, bias, *conv, "add", 1.0, unary, [], "")
 
 
 def forward(x, weight, bias, residual, relu: bool, stride, padding, dilation, groups: int) -> Tensor:

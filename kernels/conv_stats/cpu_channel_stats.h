@@ -48,7 +48,7 @@ void channel_stats(const ChannelStats& p, int64_t begin, int64_t end) {
   for (int64_t item = begin; item < end; ++item) {
     const int64_t part = Planes ? item / C : item;
     const int64_t first = Planes ? item % C : 0, last = Planes ? first + 1 : C;  // the channels of this item
-    float* pivot = p.partial + part * 3 * C;                                    // [3, C]
+    float* pivot = p.partial + part * 3 * C;                                     // [3, C]
     const int64_t n = positions_of_part(p.shape, part);
     const int64_t start = Planes ? (part / pieces_of(p.shape) * C + first) * plane_of(p.shape) + part % pieces_of(p.shape) * kPieceElements
                                  : part * rows_per_part(p.shape) * C;

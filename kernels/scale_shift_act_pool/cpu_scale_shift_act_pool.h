@@ -75,7 +75,8 @@ FASTRES_INLINE Inside inside(const Shape& s, const Window& w, int64_t oh, int64_
 
 // First maximum wins; a NaN beats every number, and a later NaN an earlier one (torch's max_pool2d).
 template <class V, bool Partial, class T, bool Relu>
-FASTRES_INLINE void pool_one(const ScaleShiftActPool& p, const Coefficients<V>& c, const Field& f, const Inside& in, T* out, uint8_t* index) {
+FASTRES_INLINE void pool_one(const ScaleShiftActPool& p, const Coefficients<V>& c, const Field& f, const Inside& in, T* out,
+                             uint8_t* index) {
   V best = splat<V>(-__builtin_inff());
   V where = splat<V>(static_cast<float>((in.h0 - in.top) * p.window.kernel + in.w0 - in.left));
   for (int64_t h = in.h0; h < in.h1; ++h) {
@@ -166,8 +167,8 @@ struct Cover {
 // `count` input elements side by side, from (h, w) on, for one channel group: the gradients of the windows that chose each, through the
 // ReLU, into grad_y and the two sums. `grad` and `index` start at out_offset for this image (and plane).
 template <class V, bool Partial, class T, bool Relu>
-FASTRES_INLINE void pool_back_run(const ScaleShiftActPoolBackward& p, const Coefficients<V>& c, const Field& f, int64_t out_offset, int64_t h,
-                                  int64_t w, int64_t count, V* sum_scale, V* sum_shift) {
+FASTRES_INLINE void pool_back_run(const ScaleShiftActPoolBackward& p, const Coefficients<V>& c, const Field& f, int64_t out_offset,
+                                  int64_t h, int64_t w, int64_t count, V* sum_scale, V* sum_shift) {
   const Window& win = p.window;
   const Cover rows = Cover::at(win, win.out_height, h);
   Cover columns = Cover::at(win, win.out_width, w);

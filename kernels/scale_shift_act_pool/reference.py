@@ -38,7 +38,10 @@ def backward(
     flat = _flat_position(index, y.shape[3], kernel, stride, padding)
     full = torch.zeros(y.shape, dtype=stats_dtype(y.dtype), device=y.device)
     full.flatten(2).scatter_add_(2, flat.flatten(2), grad.to(full.dtype).flatten(2))
-    return pointwise.backward(full, y, scale, center, shift, None, None, None, None, relu, False)[:3]
+    grad_y, grad_scale, grad_shift, *_ = pointwise.backward(
+        full, y, scale, center, shift, None, None, None, None, relu, False
+    )
+    return grad_y, grad_scale, grad_shift
 
 
 def gather(y, scale, center, shift, index, relu: bool, kernel: int, stride: int, padding: int) -> Tensor:
