@@ -124,6 +124,13 @@ def alias_before_plus(m, x):
     return torch.relu(y) + z
 
 
+def alias_reads_sum(m, x):
+    y = m.bn1(m.conv1(x))
+    z = y
+    y += m.bn2(m.conv2(x))
+    return torch.relu(y) * 1.5 + z
+
+
 def view_reads_changed(m, x):
     y = m.bn1(m.conv1(x))
     view = y.flatten(1)
@@ -131,9 +138,17 @@ def view_reads_changed(m, x):
     return y * 1.5 + view.sum()
 
 
+def residual_view_read(m, x):
+    r = m.bn2(m.conv2(x))
+    view = r.flatten(1)
+    r += m.bn1(m.conv1(x))
+    return torch.relu(r) + view.sum()
+
+
 def slice_written(m, x):
     y = m.bn1(m.conv1(x))
     y[:, 0].zero_()
+    y[:, 1] = 0
     return torch.relu(y)
 
 
@@ -223,7 +238,9 @@ CASES: dict[Callable[[Net, Tensor], Tensor], tuple[list[str], list[str]]] = {
     broadcast: (["conv+bn+add", "conv+bn+add+relu"], []),
     alias_reads_changed: (["conv+bn+add", "conv+bn+relu"], []),
     alias_before_plus: (["conv+bn"], []),
+    alias_reads_sum: (["conv+bn", "conv+bn+add"], []),
     view_reads_changed: (["conv+bn"], []),
+    residual_view_read: (["conv+bn", "conv+bn"], []),
     slice_written: (["conv+bn"], []),
     residual_changed_after: (["conv+bn", "conv+bn+add+relu"], []),
     residual_changed_later: (["conv+bn", "conv+bn+add+relu"], []),

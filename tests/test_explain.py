@@ -49,14 +49,15 @@ def test_table():
 
 
 def test_a_layer_that_ran_unfused_says_why():
+    reflect = nn.Conv2d(8, 8, 3, padding=1, padding_mode="reflect")
     model = nn.Sequential(
-        nn.Conv2d(8, 8, 3, padding=1, padding_mode="reflect"), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8)
+        nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8), reflect, nn.BatchNorm2d(8), nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8)
     )
     explanation = fastres.explain(fastres.fuse(model), X)
     rows = explanation.rows
-    assert [row.layer for row in rows] == ["0", "1", "2", "2"], "in the order of execution"
-    assert rows[0].backend == rows[1].backend == "pytorch" and rows[2].op == "conv_stats"
-    assert "padding_mode='reflect'" in rows[0].reasons[0]
+    assert [row.layer for row in rows] == ["0", "0", "2", "3", "4", "4"], "in the order of execution"
+    assert rows[2].backend == rows[3].backend == "pytorch" and rows[4].op == "conv_stats"
+    assert "padding_mode='reflect'" in rows[2].reasons[0]
 
 
 @pytest.mark.parametrize("model, words", [

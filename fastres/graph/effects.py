@@ -14,14 +14,14 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from .patterns import Modules, is_bn
-from .tracing import is_fastres_layer
+from .tracing import IN_PLACE_OPERATORS, is_fastres_layer
 
 _OPERATORS: dict[Any, Any] = {
     operator.iadd: operator.add, operator.isub: operator.sub, operator.imul: operator.mul,
     operator.itruediv: operator.truediv,
     torch.relu_: torch.relu, F.relu_: torch.relu,
 }  # fmt: skip
-_IN_PLACE_NAMES = {"setitem", "iand", "ior", "ixor", "ipow", "ifloordiv", "imod", "ilshift", "irshift", "imatmul"}
+_IN_PLACE_NAMES = {"setitem", *IN_PLACE_OPERATORS}
 _METHODS = ("relu_", "add_", "sub_", "mul_", "div_", "clamp_", "clamp_min_", "sigmoid_", "tanh_")
 # Results that never share memory with an argument; anything else might.
 _FRESH_FUNCTIONS = {
@@ -43,7 +43,12 @@ class Effects:
         self.modules = modules
         self.position = {node: i for i, node in enumerate(graph.nodes)}
         self._parent: dict[fx.Node, fx.Node] = {}
-        self._numbers = self._find_numbers(graph)
+        for node in self._find_numbers(
+            graph
+        ):  # numbers can't be changed in place, but the generated code would rename them
+            name = getattr(node.target, "__name__", "")
+            if node.op == "call_function" and name in IN_PLACE_OPERATORS:
+                node.target = getattr(operator, f"__{name[1:]}__")
         self.targets = {node: t for node in graph.nodes if (t := self._target(node)) is not None}
         for node in graph.nodes:
             if not self._is_fresh(node):
@@ -82,7 +87,7 @@ class Effects:
     def _target(self, node: fx.Node) -> fx.Node | None:
         """The value an in-place operation overwrites; None for other nodes."""
         first = node.args[0] if node.args else node.kwargs.get("input")
-        if not isinstance(first, fx.Node) or first in self._numbers or not self._writes(node):
+        if not isinstance(first, fx.Node) or not self._writes(node):
             return None
         return first
 
@@ -110,6 +115,8 @@ class Effects:
 
     def _is_free(self, node: fx.Node) -> bool:
         """Redirects later reads of the very tensor, then looks for other ways to see the change."""
+        if node.target in (operator.setitem, "__setitem__"):
+            return False  # and returns nothing that reads could be redirected to
         here, target = self.position[node], self.targets[node]
         same = {target}
         while target in self.targets or self.modules.is_identity(target):

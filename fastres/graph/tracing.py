@@ -26,10 +26,14 @@ HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backwa
 _HOOK_OPTIONS = (
     "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs",
 )  # fmt: skip
+IN_PLACE_OPERATORS = (
+    "iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor", "ilshift", "irshift", "imatmul",
+)  # fmt: skip
 _TORCH_LEAVES = ("torch.nn.", "torch.ao.nn.", "torch._dynamo.")
 _LIBRARIES = ("torchvision.", "timm.")
 # Allowed on tensors that don't depend on the input: they compute nothing.
 _HARMLESS = {"__get__", "size", "dim", "ndimension", "numel", "__len__", "is_floating_point", "is_complex", "_assert"}
+_HARMLESS |= {"_set_grad_enabled"}  # create_node sees what it changes
 
 
 class Untraceable(Exception):
@@ -91,7 +95,13 @@ _ARITHMETIC = (operator.add, operator.iadd, operator.mul, torch.add, torch.mul)
 
 
 class _Proxy(fx.Proxy):
-    """Answers type checks in the network's code as the tensor would, or refuses them where it may not be a tensor."""
+    """Records ``x += y`` and ``x[i] = y`` as the in-place operations they are; torch.fx alone would record ``x + y``.
+
+    Answers type checks in the network's code as the tensor would, or refuses them where it may not be a tensor.
+    """
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:  # isinstance() asks for it when the type itself does not match
@@ -101,6 +111,17 @@ class _Proxy(fx.Proxy):
         if _is_tensor(self.node, self.tracer.root):  # type: ignore[attr-defined]
             return torch.Tensor
         raise Untraceable("it checks the type of a value")
+
+
+def _in_place(function: Callable[..., Any]) -> Callable[..., Any]:
+    def method(self: _Proxy, other: Any) -> Any:
+        return self.tracer.create_proxy("call_function", function, (self, other), {})
+
+    return method
+
+
+for _name in IN_PLACE_OPERATORS:
+    setattr(_Proxy, f"__{_name}__", _in_place(getattr(operator, _name)))
 
 
 def _is_tensor(node: fx.Node, root: nn.Module) -> bool:
