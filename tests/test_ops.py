@@ -191,7 +191,16 @@ def test_opcheck_helpers():
     y = random_map((2, 17, 5, 5), torch.float32)
     mean, _ = torch.ops.fastres.channel_stats_native(y)
     utils = ("test_schema", "test_faketensor")
-    assert set(HELPERS) == {"channel_stats_native", "channel_stats_backward_native"}
+    assert set(HELPERS) == {
+        "scale_shift_act_backward_native_",
+        "channel_stats_native",
+        "channel_stats_backward_native",
+    }
+    torch.library.opcheck(
+        torch.ops.fastres.scale_shift_act_backward_native_.default,
+        (torch.randn_like(y), y, *random_vectors(17, 3), True),
+        test_utils=utils,
+    )
     torch.library.opcheck(torch.ops.fastres.channel_stats_native.default, (y,), test_utils=utils)
     args = (torch.randn_like(y), y, mean, torch.randn(17), torch.randn(17))
     torch.library.opcheck(torch.ops.fastres.channel_stats_backward_native.default, args, test_utils=utils)
@@ -206,6 +215,17 @@ def test_double_backward_is_an_explicit_error(op, backend):
     (grad,) = torch.autograd.grad(out.square().sum(), inputs[0], create_graph=True)
     with pytest.raises(RuntimeError, match=r"double backward of .* is not supported"):
         grad.sum().backward()
+
+
+def test_in_place_backward_equals_the_other_one():
+    for layout in ("channels_last", "contiguous"):
+        y, grad = random_map((3, 17, 5, 9), torch.float32, layout), random_map((3, 17, 5, 9), torch.float32, layout, 4)
+        vectors = random_vectors(17, 3)
+        expected = torch.ops.fastres.scale_shift_act_backward_native(grad, y, *vectors, *[None] * 4, True, False)
+        sums = torch.ops.fastres.scale_shift_act_backward_native_(grad, y, *vectors, True)
+        assert all(torch.equal(a, b) for a, b in zip((grad, *sums), expected[:3], strict=True))
+    with pytest.raises(RuntimeError, match="grad must be dense"):
+        torch.ops.fastres.scale_shift_act_backward_native_(lay_out(grad, "channel_slice"), y, *vectors, True)
 
 
 def test_every_backend_has_the_schema_of_its_op():

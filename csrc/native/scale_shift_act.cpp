@@ -37,11 +37,11 @@ Tensor forward(Tensor y, Tensor scale, Tensor center, Tensor shift, OptionalTens
   return out;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(Tensor grad, Tensor y, Tensor scale, Tensor center, Tensor shift,
+// The backward pass; with `reuse_grad` grad_y is written over `grad`, which saves a tensor's allocation and its first touch.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> run_backward(const Checker& c, bool reuse_grad, Tensor grad, Tensor y, Tensor scale, Tensor center, Tensor shift,
                                                                     OptionalTensor residual, OptionalTensor res_scale,
                                                                     OptionalTensor res_center, OptionalTensor res_shift, bool relu,
                                                                     bool need_residual) {
-  const Checker c{"fastres::scale_shift_act_backward_native"};
   const KernelTable& table = kernels();
   c.activation("y", y, kCpuTypes);
   c.like("grad", grad, y);
@@ -55,7 +55,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(Tensor grad,
   const int64_t C = y.size(1);
   // Without ReLU and without its own scale, the residual's gradient is `grad` itself, which the caller has.
   const bool want_residual = res || (residual && need_residual && relu);
-  Tensor grad_y = empty_like_format(y, format), grad_scale = empty_vector(y, C), grad_shift = empty_vector(y, C);
+  Tensor grad_y = reuse_grad ? grad : empty_like_format(y, format), grad_scale = empty_vector(y, C), grad_shift = empty_vector(y, C);
   Tensor grad_residual = want_residual ? empty_like_format(y, format) : empty_vector(y, 0);
   Tensor grad_res_scale = empty_vector(y, res ? C : 0), grad_res_shift = empty_vector(y, res ? C : 0);
 
@@ -87,10 +87,30 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(Tensor grad,
   return {grad_y, grad_scale, grad_shift, grad_residual, grad_res_scale, grad_res_shift};
 }
 
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(Tensor grad, Tensor y, Tensor scale, Tensor center, Tensor shift,
+                                                                    OptionalTensor residual, OptionalTensor res_scale,
+                                                                    OptionalTensor res_center, OptionalTensor res_shift, bool relu,
+                                                                    bool need_residual) {
+  const Checker c{"fastres::scale_shift_act_backward_native"};
+  return run_backward(c, false, grad, y, scale, center, shift, residual, res_scale, res_center, res_shift, relu, need_residual);
+}
+
+std::tuple<Tensor, Tensor> backward_in_place(Tensor grad, Tensor y, Tensor scale, Tensor center, Tensor shift, bool relu) {
+  const Checker c{"fastres::scale_shift_act_backward_native_"};
+  c.like("grad", grad, y);
+  const MemoryFormat format = format_of(y);
+  STD_TORCH_CHECK(grad.numel() == 0 || dense(grad, format).const_data_ptr() == grad.const_data_ptr(),
+                  "fastres::scale_shift_act_backward_native_: grad must be dense in y's memory format");
+  const auto none = OptionalTensor{};
+  const auto grads = run_backward(c, true, grad, y, scale, center, shift, none, none, none, none, relu, false);
+  return {std::get<1>(grads), std::get<2>(grads)};
+}
+
 }  // namespace
 }  // namespace fastres
 
 STABLE_TORCH_LIBRARY_IMPL(fastres, CPU, m) {
   m.impl("scale_shift_act_native", TORCH_BOX(&fastres::forward));
   m.impl("scale_shift_act_backward_native", TORCH_BOX(&fastres::backward));
+  m.impl("scale_shift_act_backward_native_", TORCH_BOX(&fastres::backward_in_place));
 }

@@ -60,6 +60,9 @@ OPS: dict[str, OpSchema] = {
 
 # Native passes that serve the library backend around its convolutions; no autograd of their own.
 HELPERS: dict[str, str] = {
+    # writes grad_y over grad
+    "scale_shift_act_backward_native_": f"(Tensor(a!) grad, Tensor y, {_COEFFICIENTS.format('')}, bool relu)"
+    " -> (Tensor grad_scale, Tensor grad_shift)",
     "channel_stats_native": "(Tensor y) -> (Tensor mean, Tensor var)",
     "channel_stats_backward_native": "(Tensor? grad_y, Tensor y, Tensor mean, Tensor? grad_mean, Tensor? grad_var)"
     " -> Tensor",

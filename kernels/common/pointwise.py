@@ -7,6 +7,7 @@ from fastres import _library
 
 from ..conv_stats import reference as conv_stats_reference
 from ..scale_shift_act import library as ssa_library
+from .layout import memory_format_of
 
 _ops = torch.ops.fastres
 NATIVE_DTYPES = (torch.float32, torch.bfloat16)
@@ -22,10 +23,15 @@ def prologue(x: Tensor, scale: Tensor, center: Tensor, shift: Tensor, relu: bool
     return forward(x, scale, center, shift, None, None, None, None, relu)
 
 
-def prologue_backward(grad: Tensor, x: Tensor, scale: Tensor, center: Tensor, shift: Tensor, relu: bool):
-    """(grad_x, grad_scale, grad_shift) of :func:`prologue`."""
-    backward = _ops.scale_shift_act_backward_native if native_serves(x) else ssa_library.backward
-    return backward(grad, x, scale, center, shift, None, None, None, None, relu, False)[:3]
+def prologue_backward_(
+    grad: Tensor, x: Tensor, scale: Tensor, center: Tensor, shift: Tensor, relu: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(grad_x, grad_scale, grad_shift) of :func:`prologue`; ``grad`` is the caller's own and may be overwritten."""
+    if native_serves(x):
+        grad = grad.contiguous(memory_format=memory_format_of(x))
+        return grad, *_ops.scale_shift_act_backward_native_(grad, x, scale, center, shift, relu)
+    grads = ssa_library.backward(grad, x, scale, center, shift, None, None, None, None, relu, False)
+    return grads[0], grads[1], grads[2]
 
 
 def stats(y: Tensor) -> tuple[Tensor, Tensor]:

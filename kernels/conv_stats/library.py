@@ -34,5 +34,5 @@ def backward(
         return absent(x), grad_w, absent(x), absent(x)
     if scale is None:
         return da.contiguous(memory_format=memory_format_of(x)), grad_w, absent(x), absent(x)
-    dx, grad_scale, grad_shift = pointwise.prologue_backward(da, x, scale, center, shift, relu)
+    dx, grad_scale, grad_shift = pointwise.prologue_backward_(da, x, scale, center, shift, relu)
     return dx, grad_w, grad_scale, grad_shift
