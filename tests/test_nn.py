@@ -170,11 +170,8 @@ def test_training_twice_over_one_graph():
     assert torch.equal(first, torch.autograd.grad(out, model.conv1.weight)[0])
 
 
-@pytest.mark.parametrize("mode", [True, False], ids=["train", "eval"])
-@pytest.mark.parametrize("memory", ["default", "recompute"])
+@pytest.mark.parametrize(("mode", "memory"), [(True, "default"), (True, "recompute"), (False, "default")])
 def test_compile_fullgraph(mode, memory):
-    if memory == "recompute" and not mode:
-        pytest.skip("the memory mode only concerns training")
     torch.manual_seed(0)
     torch._dynamo.reset()
     model = fastres.create_model("resnet20", num_classes=5, memory=memory).train(mode)
