@@ -38,10 +38,10 @@ Tensor forward(Tensor y, Tensor scale, Tensor center, Tensor shift, OptionalTens
 }
 
 // The backward pass; with `reuse_grad` grad_y is written over `grad`, which saves a tensor's allocation and its first touch.
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> run_backward(const Checker& c, bool reuse_grad, Tensor grad, Tensor y, Tensor scale, Tensor center, Tensor shift,
-                                                                    OptionalTensor residual, OptionalTensor res_scale,
-                                                                    OptionalTensor res_center, OptionalTensor res_shift, bool relu,
-                                                                    bool need_residual) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> run_backward(const Checker& c, bool reuse_grad, Tensor grad, Tensor y,
+                                                                        Tensor scale, Tensor center, Tensor shift, OptionalTensor residual,
+                                                                        OptionalTensor res_scale, OptionalTensor res_center,
+                                                                        OptionalTensor res_shift, bool relu, bool need_residual) {
   const KernelTable& table = kernels();
   c.activation("y", y, kCpuTypes);
   c.like("grad", grad, y);
