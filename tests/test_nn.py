@@ -82,6 +82,13 @@ class TestFold:
                 owner.load_state_dict({k: v * 1.5 + 0.1 for k, v in owner.state_dict().items()})
         self.check()
 
+    def test_one_weight_that_is_not_sampled(self):
+        """Only the version counter sees this one: 216 weights, every third is compared by value."""
+        self.check()
+        with torch.no_grad():
+            self.layer.conv.weight.view(-1)[1] += 5.0
+        self.check()
+
     def test_eps_dtype_and_training_steps_are_noticed(self):
         self.check()
         self.layer.bn.eps = 0.1
