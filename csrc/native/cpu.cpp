@@ -3,6 +3,14 @@
 #include <cstdlib>
 #include <stdexcept>
 
+#if defined(FASTRES_HAS_X86_KERNELS)
+#include <cpuid.h>
+#ifdef __linux__
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+#endif
+
 namespace fastres {
 
 namespace baseline {
@@ -15,9 +23,31 @@ extern const KernelTable kernel_table;
 namespace avx512 {
 extern const KernelTable kernel_table;
 }
+namespace avx512_bf16 {
+extern const KernelTable kernel_table;
+}
+namespace amx {
+extern const KernelTable kernel_table;
+}
 #endif
 
 namespace {
+
+#ifdef FASTRES_HAS_X86_KERNELS
+// Whether the CPU has bf16 tiles and the operating system lets this process use them. Linux grants the tile registers on request, for the
+// whole process; asking twice does no harm.
+bool may_use_tiles() {
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  constexpr unsigned kTile = 1u << 24, kTileBf16 = 1u << 22;
+  if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) || (edx & kTile) == 0 || (edx & kTileBf16) == 0) return false;
+#ifdef __linux__
+  constexpr int kRequestPermission = 0x1023, kTileData = 18;
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+#endif
 
 struct Candidate {
   const char* name;
@@ -35,7 +65,10 @@ std::vector<Candidate> candidates() {
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   list.push_back({"avx2", &avx2::kernel_table, avx2});
+  const bool avx512_bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
   list.push_back({"avx512", &avx512::kernel_table, avx512});
+  list.push_back({"avx512_bf16", &avx512_bf16::kernel_table, avx512_bf16});
+  list.push_back({"amx", &amx::kernel_table, avx512_bf16 && may_use_tiles()});
 #endif
   return list;
 }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../../kernels/common/cpu_problems.h"
+#include "../../kernels/conv/cpu_conv.h"
 
 namespace fastres {
 
@@ -16,6 +17,7 @@ struct KernelTable {
   void (*sum_parts)(const float* partial, int64_t parts, int64_t rows, int64_t row, int64_t channels, int64_t begin, int64_t end,
                     float* out);
   void (*channel_stats_backward)(const ChannelStatsBackward&, int64_t begin, int64_t end);
+  const ConvKernels& conv;
 };
 
 }  // namespace fastres

@@ -54,7 +54,7 @@ OPS: dict[str, OpSchema] = {
         backward=f"(Tensor grad, Tensor x, Tensor weight, Tensor out, bool relu, {_CONV},"
         " bool need_input, bool need_weight, bool need_bias, bool need_residual)"
         " -> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias, Tensor grad_residual)",
-        backends=("reference", "library"),
+        backends=("reference", "library", "native"),
     ),
 }
 

@@ -1,0 +1,63 @@
+#include "conv.h"
+
+#include <atomic>
+#include <cstdlib>
+#include <new>
+#include <stdexcept>
+
+#include <torch/csrc/stable/ops.h>
+
+namespace fastres {
+
+AlignedBuffer::AlignedBuffer(size_t bytes) : bytes_((bytes + 63) / 64 * 64) {
+  if (bytes_ == 0) return;
+  memory_.reset(std::aligned_alloc(64, bytes_));
+  if (!memory_) throw std::bad_alloc();
+}
+
+void AlignedBuffer::Free::operator()(void* p) const { std::free(p); }
+
+void* thread_scratch(size_t bytes) {
+  static thread_local AlignedBuffer buffer;
+  if (buffer.bytes() < bytes) {
+    buffer = AlignedBuffer();  // the old one goes first
+    buffer = AlignedBuffer(bytes);
+  }
+  return buffer.get();
+}
+
+const ConvKernel& find_conv(const Conv& conv, const std::string& name) {
+  const ConvKernels& all = kernels().conv;
+  std::string reasons, known;
+  for (int64_t i = 0; i < all.count; ++i) {
+    const ConvKernel& kernel = *all.list[i];
+    known += (known.empty() ? "" : ", ") + std::string(kernel.name);
+    if (!name.empty() && name != kernel.name) continue;
+    const char* reason = kernel.refusal(conv);
+    if (reason == nullptr) return kernel;
+    reasons += (reasons.empty() ? "" : "; ") + std::string(kernel.name) + ": " + reason;
+  }
+  if (reasons.empty()) throw std::runtime_error("no convolution kernel is called '" + name + "'; this instruction set has " + known);
+  throw std::runtime_error("no convolution kernel serves this problem (" + reasons + ")");
+}
+
+void pack_conv(const ConvKernel& kernel, const ConvShape& shape, bool bfloat16, const float* weight, void* packed) {
+  torch::stable::parallel_for(0, kernel.pack_items(shape, bfloat16), 1, [&](int64_t begin, int64_t end) {
+    kernel.pack(shape, bfloat16, weight, packed, begin, end);
+  });
+}
+
+void run_conv(const ConvKernel& kernel, const Conv& conv) {
+  const int64_t tasks = kernel.tasks(conv);
+  const size_t bytes = static_cast<size_t>(kernel.scratch_bytes(conv));
+  std::atomic<int64_t> next{0};
+  torch::stable::parallel_for(0, min64(conv.threads, tasks), 1, [&](int64_t, int64_t) {
+    void* scratch = nullptr;
+    for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) {
+      if (scratch == nullptr) scratch = thread_scratch(bytes);
+      kernel.run(conv, task, task + 1, scratch);
+    }
+  });
+}
+
+}  // namespace fastres

@@ -1,0 +1,20 @@
+// Compiled once per instruction set, as kernels.cpp: the convolution kernels it has, in the order of preference where nothing was measured.
+#include "../../kernels/conv/cpu_amx.h"
+#include "../../kernels/conv/cpu_direct.h"
+
+namespace fastres::FASTRES_ISA {
+namespace {
+
+const ConvKernel* const list[] = {
+#if defined(__AMX_BF16__)
+    &amx,
+#endif
+    &direct,
+};
+
+}  // namespace
+
+extern const ConvKernels conv_kernels;
+const ConvKernels conv_kernels = {list, sizeof list / sizeof *list};
+
+}  // namespace fastres::FASTRES_ISA

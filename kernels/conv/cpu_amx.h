@@ -1,0 +1,251 @@
+// Direct convolution on AMX tiles: bf16 as it is, and float as six bf16 products.
+//
+// float: a value is hi + mid + lo, three bf16 that together hold its 24 bits exactly (Henry, Tang, Heinecke 2019). Of the nine products of
+// two such values, the six that matter (hi*hi, hi*mid, mid*hi, mid*mid, hi*lo, lo*hi) are accumulated in float; what is left out is below
+// 2^-24 of the product, so the result is as good as a chain of float multiply-adds, at more than twice the speed of one.
+//
+// A task packs the panel of its band (see cpu_geometry.h), then computes 32 positions x 32 channels at a time in four tiles. For each 32
+// elements of K it loads 2 tiles of positions and 2 of weights (bf16: 4 loads, 4 products) or the three planes of both in an order that
+// reuses what is loaded (float: 14 loads, 24 products). Reads x once into the panel, the band's share of the residual once, the weights
+// once a band; writes y once.
+//
+// Weights [K/32][R*S * run/32][planes][2][16 pairs of K][16 channels][2], bf16: one stream a block.
+#pragma once
+
+#if defined(__AMX_BF16__)
+
+#include "cpu_direct.h"
+
+namespace fastres::FASTRES_ISA {
+
+constexpr int64_t kAmxBlock = 32;
+constexpr int64_t kAmxTile = 512;  // elements of a tile: 16 rows of 32 bf16
+
+FASTRES_INLINE PanelFormat amx_format(bool bfloat16) {
+  return {2, bfloat16 ? 1 : 4, 32, 31, 800 << 10, 16, true, kAmxBlock, bfloat16};
+}
+
+struct alignas(64) AmxConfig {
+  uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
+
+// What one call of the inner kernel needs.
+struct AmxBlock {
+  const bf16* a[2];         // first positions of the two tiles
+  int64_t stride;           // bytes from position to position
+  int64_t plane;            // elements from plane to plane
+  const int64_t* offsets;   // [steps] elements from a to each step's 32 elements of K
+  int64_t steps;
+  const bf16* b;            // weights of the block
+  float* acc;               // [32 positions][32 channels]
+  bool special;             // plane 3 holds values that are not finite
+};
+
+// Tiles 0-3: sums (position tile * 2 + channel tile); 4, 5: positions; 6, 7: weights.
+template <bool Two>
+FASTRES_INLINE void amx_products() {
+  _tile_dpbf16ps(0, 4, 6);
+  _tile_dpbf16ps(1, 4, 7);
+  if constexpr (Two) {
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
+  }
+}
+
+template <bool Split, bool Two>
+__attribute__((noinline)) void amx_block(const AmxBlock& p) {
+  const bf16* b = p.b;
+  _tile_zero(0);
+  _tile_zero(1);
+  if constexpr (Two) {
+    _tile_zero(2);
+    _tile_zero(3);
+  }
+  const int64_t stride = p.stride;
+  for (int64_t i = 0; i < p.steps; ++i) {
+    const bf16* a0 = p.a[0] + p.offsets[i];
+    const bf16* a1 = p.a[1] + p.offsets[i];
+    const auto positions = [&](int plane) __attribute__((always_inline)) {
+      _tile_loadd(4, a0 + plane * p.plane, stride);
+      if constexpr (Two) _tile_loadd(5, a1 + plane * p.plane, stride);
+    };
+    const auto weights = [&](int plane) __attribute__((always_inline)) {
+      _tile_loadd(6, b + plane * 2 * kAmxTile, 64);
+      _tile_loadd(7, b + plane * 2 * kAmxTile + kAmxTile, 64);
+    };
+    if constexpr (Split) {
+      // The staircase of products, smallest first where that costs nothing; each move changes one side only.
+      positions(0);
+      weights(2);
+      amx_products<Two>();
+      weights(1);
+      amx_products<Two>();
+      positions(1);
+      amx_products<Two>();
+      weights(0);
+      amx_products<Two>();
+      positions(2);
+      amx_products<Two>();
+      positions(0);
+      amx_products<Two>();
+      if (__builtin_expect(p.special, 0)) {
+        positions(3);
+        amx_products<Two>();
+      }
+      b += 3 * 2 * kAmxTile;
+    } else {
+      positions(0);
+      weights(0);
+      amx_products<Two>();
+      b += 2 * kAmxTile;
+    }
+  }
+  _tile_stored(0, p.acc, 128);
+  _tile_stored(1, p.acc + 16, 128);
+  if constexpr (Two) {
+    _tile_stored(2, p.acc + 16 * 32, 128);
+    _tile_stored(3, p.acc + 16 * 32 + 16, 128);
+  }
+}
+
+// The last tile of an in-place panel must not read past x: it starts earlier, and what the tile before has stored already is junk.
+FASTRES_INLINE void pull_back(Tile& t, int64_t positions) {
+  const int64_t by = t.v + 16 - positions;
+  if (by <= 0) return;
+  Tile moved = t;
+  moved.v = t.v - by;
+  moved.count = 16;
+  for (int64_t j = 0; j < 16; ++j) moved.out[j] = j < by ? -1 : t.out[j - by];
+  t = moved;
+}
+
+template <class T>
+struct AmxPanelOf {
+  using type = SplitPanel;
+};
+template <>
+struct AmxPanelOf<bf16> {
+  using type = HalfPanel;
+};
+
+template <class T>
+void run_amx(const Conv& c, int64_t begin, int64_t end, void* scratch) {
+  constexpr bool split = sizeof(T) == sizeof(float);
+  using Panel = typename AmxPanelOf<T>::type;
+  Geometry g = geometry_of(c, amx_format(!split));
+  const DirectScratch at = scratch_of(c, g, 32 * 32);
+  char* base = static_cast<char*>(scratch);
+  int64_t* offsets = reinterpret_cast<int64_t*>(base + at.offsets);
+  Tile* tiles = reinterpret_cast<Tile*>(base + at.tiles);
+  float* acc = reinterpret_cast<float*>(base + at.acc);
+  const Sums sums{reinterpret_cast<float*>(base + at.sums), g.blocks * kAmxBlock};
+  const int64_t per_run = g.run / 32, steps = g.runs * per_run;
+  const int64_t block_elements = steps * (split ? 3 : 1) * 2 * kAmxTile;
+  const AmxConfig config;
+  _tile_loadconfig(&config);
+  for (int64_t task = begin; task < end; ++task) {
+    const Band b = band_of(g, task);
+    PanelWriter w = writer_of(g, b, base + at.panel);
+    const bf16* panel = reinterpret_cast<const bf16*>(base + at.panel);
+    if (g.in_place) {
+      panel = static_cast<const bf16*>(c.x) + b.row * g.pixel;
+    } else {
+      pack_panel<Panel, T>(c, g, b, w);
+    }
+    for (int64_t i = 0; i < steps; ++i) offsets[i] = run_offset(g, b, i / per_run) + i % per_run * 32;
+    const int64_t count = cut_into_tiles(g, b, tiles);
+    if (g.in_place && count > 0) pull_back(tiles[count - 1], g.s.out_height - b.row);
+    __builtin_memset(sums.rows, 0, sum_rows(c) * sums.stride * sizeof(float));
+    AmxBlock p{{nullptr, nullptr}, g.pixel * 2, w.plane, offsets, steps, nullptr, acc, w.special};
+    asm volatile("" ::: "memory");  // tile loads are opaque to the compiler: what was packed must be in memory
+    with_ends(c, [&]<Ends end_kind, bool residual>() {
+      const auto one = [&](int64_t block, int64_t i) __attribute__((always_inline)) {
+        const bool two = i + 1 < count;
+        p.a[0] = panel + tiles[i].v * g.pixel;
+        p.a[1] = panel + tiles[two ? i + 1 : i].v * g.pixel;
+        p.b = static_cast<const bf16*>(c.weights) + block * block_elements;
+        two ? amx_block<split, true>(p) : amx_block<split, false>(p);
+        const int64_t k0 = block * kAmxBlock, channels = min64(kAmxBlock, c.shape.out_channels - k0);
+        finish_tile<T, end_kind, residual>(c, tiles[i], acc, 32, k0, channels, sums);
+        if (two) finish_tile<T, end_kind, residual>(c, tiles[i + 1], acc + 16 * 32, 32, k0, channels, sums);
+      };
+      // Where two tiles of positions fit the first cache and all weights the second, each position is read once for all channels.
+      const bool positions_first = steps * 64 * 32 * (split ? 3 : 1) <= (24 << 10) &&
+                                   (b.last_block - b.first_block) * block_elements * 2 <= (512 << 10);
+      if (positions_first) {
+        for (int64_t i = 0; i < count; i += 2) {
+          for (int64_t block = b.first_block; block < b.last_block; ++block) one(block, i);
+        }
+      } else {
+        for (int64_t block = b.first_block; block < b.last_block; ++block) {
+          for (int64_t i = 0; i < count; i += 2) one(block, i);
+        }
+      }
+    });
+    if (sum_rows(c) > 0) publish_sums(c, sums, task, b.first_block * kAmxBlock, b.last_block * kAmxBlock);
+  }
+  _tile_release();
+}
+
+// ---- the kernel as the engine sees it -------------------------------------------------------------------------------------------------
+FASTRES_INLINE Geometry amx_geometry(const Conv& c) { return geometry_of(c, amx_format(c.bfloat16)); }
+
+inline const char* amx_refusal(const Conv& c) { return direct_refusal(c); }
+
+inline int64_t amx_packed_bytes(const ConvShape& s, bool bfloat16) {
+  const Geometry g = amx_geometry(packing_problem(s, bfloat16));
+  return g.blocks * g.runs * g.run * kAmxBlock * 2 * (bfloat16 ? 1 : 3);
+}
+
+inline int64_t amx_pack_items(const ConvShape& s, bool) { return ceil_div(s.out_channels, kAmxBlock); }
+
+// 32 neighbouring weights of one output channel into its column of the tiles of one step: [planes][2 channel tiles][16 pairs][16][2].
+FASTRES_INLINE void pack_weights(const float* x, int64_t planes, int64_t k, bf16* out) {
+  alignas(64) float rest[32];
+  alignas(64) bf16 part[32];
+  __builtin_memcpy(rest, x, sizeof rest);
+  for (int64_t plane = 0; plane < planes; ++plane) {
+    for (int64_t i = 0; i < 32; i += kWidth) {  // the nearest bf16, the nearest to what is left, and the nearest to the rest
+      Vec v;
+      load(rest + i, &v);
+      const Vec kept = rounded<bf16>(v);
+      store(part + i, kept);
+      const Vec left = v - kept;
+      store(rest + i, (left == left) ? left : Vec{});  // infinity and NaN stay in the first part
+    }
+    bf16* to = out + (plane * 2 + k / 16) * kAmxTile + k % 16 * 2;
+    for (int64_t i = 0; i < 16; ++i) __builtin_memcpy(to + i * 32, part + 2 * i, 4);
+  }
+}
+
+inline void amx_pack(const ConvShape& s, bool bfloat16, const float* weight, void* packed, int64_t begin, int64_t end) {
+  const Geometry g = amx_geometry(packing_problem(s, bfloat16));
+  const int64_t planes = bfloat16 ? 1 : 3, per_channel = s.in_channels * s.kernel_h * s.kernel_w, step = planes * 2 * kAmxTile;
+  for (int64_t block = begin; block < end; ++block) {
+    bf16* out = static_cast<bf16*>(packed) + block * g.runs * (g.run / 32) * step;
+    for (int64_t k = 0; k < kAmxBlock; ++k) {
+      const int64_t channel = block * kAmxBlock + k;
+      for (int64_t i = 0; i < g.runs * g.run; i += 32) {
+        alignas(64) float x[32] = {};
+        if (channel < s.out_channels) gather_weights(s, g, weight + channel * per_channel, i / g.run, i % g.run, 32, x);
+        pack_weights(x, planes, k, out + i / 32 * step);
+      }
+    }
+  }
+}
+
+inline int64_t amx_scratch(const Conv& c) { return scratch_of(c, amx_geometry(c), 32 * 32).bytes; }
+
+inline int64_t amx_tasks(const Conv& c) { return tasks_of(amx_geometry(c)); }
+
+inline void amx_run(const Conv& c, int64_t begin, int64_t end, void* scratch) {
+  c.bfloat16 ? run_amx<bf16>(c, begin, end, scratch) : run_amx<float>(c, begin, end, scratch);
+}
+
+static const ConvKernel amx = {"amx", amx_refusal, amx_packed_bytes, amx_pack_items, amx_pack, amx_scratch, amx_tasks, amx_run};
+
+}  // namespace fastres::FASTRES_ISA
+
+#endif  // __AMX_BF16__

@@ -1,0 +1,217 @@
+// Packing of the panel: the input rows of a band, prologue applied, padding zero, in the element format of the kernel.
+#pragma once
+
+#include "cpu_geometry.h"
+
+namespace fastres::FASTRES_ISA {
+
+// The element formats. write(x, p) stores kGroup neighbouring floats at p of every plane; planes lie `plane` elements apart.
+struct FloatPanel {
+  using Element = float;
+  static constexpr int kPlanes = 1;
+};
+
+struct HalfPanel {
+  using Element = bf16;
+  static constexpr int kPlanes = 1;
+};
+
+// float as hi + mid + lo, exactly: 3 x 8 bits by truncation. Values that are not finite go to a fourth plane, which is touched only when
+// there are any (`special`), and count as zero in the first three: a product of three parts would turn infinity into NaN.
+struct SplitPanel {
+  using Element = bf16;
+  static constexpr int kPlanes = 3;
+};
+
+struct PanelWriter {
+  int64_t plane;     // elements from one plane to the next
+  void* panel;
+  bool special;      // a value that is not finite was seen; plane 3 is in use
+  int64_t elements;  // of a plane that are in use, for clearing plane 3
+};
+
+FASTRES_INLINE HalfBits high_halves(Vec x) { return __builtin_convertvector((Bits)x >> 16, HalfBits); }
+
+template <class Panel>
+FASTRES_INLINE void write_vector(PanelWriter& w, int64_t at, Vec x) {
+  if constexpr (Panel::kPlanes == 1) {
+    store(static_cast<typename Panel::Element*>(w.panel) + at, x);
+  } else {
+    bf16* p = static_cast<bf16*>(w.panel) + at;
+    const Bits exponent = (Bits)x & 0x7f800000u;
+    const Mask bad = (Mask)(exponent == 0x7f800000u);
+    bool any = false;
+#if defined(__AVX512F__)
+    any = _mm512_test_epi32_mask((__m512i)bad, (__m512i)bad) != 0;
+#else
+    for (int i = 0; i < kWidth; ++i) any |= bad[i] != 0;
+#endif
+    if (__builtin_expect(any, 0)) {
+      if (!w.special) {
+        w.special = true;
+        __builtin_memset(static_cast<bf16*>(w.panel) + 3 * w.plane, 0, w.elements * sizeof(bf16));
+      }
+      store(p + 3 * w.plane, (Vec)((Bits)x & (Bits)bad));
+      x = (Vec)((Bits)x & ~(Bits)bad);
+    }
+    const Vec hi = (Vec)((Bits)x & 0xffff0000u);
+    const Vec rest = x - hi;
+    const Vec mid = (Vec)((Bits)rest & 0xffff0000u);
+    const Vec lo = rest - mid;
+    const HalfBits parts[3] = {high_halves(hi), high_halves(mid), high_halves(lo)};
+    for (int i = 0; i < 3; ++i) __builtin_memcpy(p + i * w.plane, &parts[i], sizeof parts[i]);
+    if (__builtin_expect(w.special && !any, 0)) {
+      const HalfBits none{};
+      __builtin_memcpy(p + 3 * w.plane, &none, sizeof none);
+    }
+  }
+}
+
+// What is done to a value on its way into the panel.
+enum class Reads : int { plain = 0, affine = 1, affine_relu = 2, gradient = 3 };
+
+FASTRES_INLINE Reads reads_of(const Conv& c) {
+  if (c.offset != nullptr) return Reads::gradient;
+  return c.scale == nullptr ? Reads::plain : c.prologue_relu ? Reads::affine_relu : Reads::affine;
+}
+
+template <Reads R, class T, bool Partial>
+FASTRES_INLINE Vec read_vector(const Conv& c, int64_t at, int64_t channel, int64_t lanes) {
+  Vec x = load<Vec, Partial>(static_cast<const T*>(c.x) + at, lanes);
+  if constexpr (R == Reads::affine || R == Reads::affine_relu) {
+    x = fma(load<Vec, Partial>(c.scale + channel, lanes), x - load<Vec, Partial>(c.center + channel, lanes),
+            load<Vec, Partial>(c.shift + channel, lanes));
+    if constexpr (R == Reads::affine_relu) x = relu(x);
+    x = rounded<T>(x);
+  } else if constexpr (R == Reads::gradient) {
+    const Vec raw = load<Vec, Partial>(static_cast<const T*>(c.raw) + at, lanes) - load<Vec, Partial>(c.mean + channel, lanes);
+    x = rounded<T>(fma(load<Vec, Partial>(c.slope + channel, lanes), raw, x + load<Vec, Partial>(c.offset + channel, lanes)));
+  }
+  return x;
+}
+
+// One pixel: C channels of x at element `from`, to panel position `to`, zero-padded to `width` elements.
+template <class Panel, Reads R, class T>
+FASTRES_INLINE void pack_pixel(const Conv& c, PanelWriter& w, int64_t from, int64_t to, int64_t width) {
+  const int64_t C = c.shape.in_channels;
+  int64_t i = 0;
+  for (; i + kWidth <= C; i += kWidth) write_vector<Panel>(w, to + i, read_vector<R, T, false>(c, from + i, i, kWidth));
+  if (i < C) {  // whole vectors are written: the panel has slack, and what lies behind is written after
+    write_vector<Panel>(w, to + i, read_vector<R, T, true>(c, from + i, i, C - i));
+    i += kWidth;
+  }
+  for (; i < width; i += kWidth) write_vector<Panel>(w, to + i, Vec{});
+}
+
+template <class Panel>
+FASTRES_INLINE void zero_pixels(PanelWriter& w, int64_t to, int64_t elements) {
+  using E = typename Panel::Element;
+  for (int p = 0; p < (Panel::kPlanes == 1 ? 1 : w.special ? 4 : 3); ++p) {
+    __builtin_memset(static_cast<E*>(w.panel) + p * w.plane + to, 0, elements * sizeof(E));
+  }
+}
+
+// One row of one phase: columns phase_w, phase_w + stride, ... of input row `row` (which may be outside: zeros).
+template <class Panel, Reads R, class T>
+FASTRES_INLINE void pack_row(const Conv& c, const Geometry& g, PanelWriter& w, int64_t image, int64_t row, int64_t phase_w, int64_t to) {
+  const ConvShape& s = g.s;
+  if (row < 0 || row >= s.height) return zero_pixels<Panel>(w, to, g.pitch * g.pixel);
+  const int64_t begin = (image * s.height + row) * s.width;
+  for (int64_t q = 0; q < g.pitch; ++q) {
+    const int64_t column = q * s.stride_w + phase_w - s.pad_w;
+    if (column < 0 || column >= s.width) {
+      zero_pixels<Panel>(w, to + q * g.pixel, g.pixel);
+    } else {
+      pack_pixel<Panel, R, T>(c, w, (begin + column) * s.in_channels, to + q * g.pixel, g.run);
+    }
+  }
+}
+
+template <class Panel, Reads R, class T>
+void pack_band(const Conv& c, const Geometry& g, const Band& b, PanelWriter& w) {
+  const ConvShape& s = g.s;
+  for (int64_t ph = 0; ph < g.phases_h; ++ph) {
+    for (int64_t pw = 0; pw < g.phases_w; ++pw) {
+      int64_t to = (ph * g.phases_w + pw) * phase_positions(g, b.images, b.rows) * g.pixel;
+      for (int64_t i = 0; i < b.images; ++i) {
+        for (int64_t row = 0; row < panel_rows(g, b.rows); ++row, to += g.pitch * g.pixel) {
+          pack_row<Panel, R, T>(c, g, w, b.image + i, (b.row + row) * s.stride_h + ph - s.pad_h, pw, to);
+        }
+      }
+    }
+  }
+  // Taps of the last positions reach past the end: zeros, so that junk stays finite and plane 3 stays exact.
+  const int64_t used = g.phases_h * g.phases_w * phase_positions(g, b.images, b.rows) * g.pixel;
+  zero_pixels<Panel>(w, used, min64(w.plane - used - kWidth, (g.format.tile + (s.kernel_w - 1) * s.dilation_w + s.pad_w + 1) * g.pixel));
+}
+
+// Packing by columns. The row buffer holds the band's input rows with their padding, [rows, (W + 2 pad)*C]; then each output position
+// gets its R pieces of S*C neighbouring elements (or R*S pieces of C where taps are dilated).
+template <class E>
+FASTRES_INLINE void copy_elements(E* to, const E* from, int64_t n) {
+  constexpr int64_t step = kVectorBytes / static_cast<int64_t>(sizeof(E));
+  for (int64_t i = 0; i < n; i += step) __builtin_memcpy(to + i, from + i, kVectorBytes);  // may write past n: the next piece follows
+}
+
+template <class Panel, Reads R, class T>
+void pack_columns(const Conv& c, const Geometry& g, const Band& b, PanelWriter& w) {
+  using E = typename Panel::Element;
+  const ConvShape& s = g.s;
+  const int64_t C = s.in_channels, width = row_buffer_width(g), rows = row_buffer_rows(g, b.rows);
+  const int64_t piece = s.dilation_w == 1 ? s.kernel_w * C : C, pieces = s.dilation_w == 1 ? 1 : s.kernel_w;
+  const int64_t length = s.kernel_h * s.kernel_w * C;
+  for (int64_t i = 0; i < b.images; ++i) {
+    // The row buffer lies behind the planes and has the planes' distance itself.
+    PanelWriter buffer{rows * width, static_cast<E*>(w.panel) + (Panel::kPlanes == 1 ? 1 : 4) * w.plane, w.special, rows * width};
+    for (int64_t row = 0; row < rows; ++row) {
+      const int64_t h = b.row * s.stride_h + row - s.pad_h, to = row * width;
+      zero_pixels<Panel>(buffer, to, width);
+      if (h < 0 || h >= s.height) continue;
+      const int64_t begin = ((b.image + i) * s.height + h) * s.width;
+      if constexpr (R == Reads::plain) {  // channels of neighbouring pixels are neighbours: one long run
+        const int64_t n = s.width * C, at = to + s.pad_w * C;
+        int64_t k = 0;
+        for (; k + kWidth <= n; k += kWidth) write_vector<Panel>(buffer, at + k, read_vector<R, T, false>(c, begin * C + k, 0, kWidth));
+        if (k < n) write_vector<Panel>(buffer, at + k, read_vector<R, T, true>(c, begin * C + k, 0, n - k));
+      } else {
+        for (int64_t q = 0; q < s.width; ++q) pack_pixel<Panel, R, T>(c, buffer, (begin + q) * C, to + (s.pad_w + q) * C, 0);
+      }
+    }
+    if (buffer.special && !w.special) {
+      w.special = true;
+      __builtin_memset(static_cast<E*>(w.panel) + 3 * w.plane, 0, w.elements * sizeof(E));
+    }
+    for (int plane = 0; plane < (Panel::kPlanes == 1 ? 1 : w.special ? 4 : 3); ++plane) {
+      const E* from = static_cast<const E*>(buffer.panel) + plane * buffer.plane;
+      E* to = static_cast<E*>(w.panel) + plane * w.plane + i * b.rows * s.out_width * g.pixel;
+      for (int64_t p = 0; p < b.rows; ++p) {
+        for (int64_t q = 0; q < s.out_width; ++q, to += g.pixel) {
+          E* out = to;
+          for (int64_t r = 0; r < s.kernel_h; ++r) {
+            const E* row = from + (p * s.stride_h + r * s.dilation_h) * width + q * s.stride_w * C;
+            for (int64_t k = 0; k < pieces; ++k, out += piece) copy_elements(out, row + k * s.dilation_w * C, piece);
+          }
+          __builtin_memset(to + length, 0, (g.pixel - length) * sizeof(E));
+        }
+      }
+    }
+  }
+}
+
+template <class Panel, Reads R, class T>
+void pack_either(const Conv& c, const Geometry& g, const Band& b, PanelWriter& w) {
+  g.columns ? pack_columns<Panel, R, T>(c, g, b, w) : pack_band<Panel, R, T>(c, g, b, w);
+}
+
+// Fills the panel of a band.
+template <class Panel, class T>
+void pack_panel(const Conv& c, const Geometry& g, const Band& b, PanelWriter& w) {
+  switch (reads_of(c)) {
+    case Reads::plain: return pack_either<Panel, Reads::plain, T>(c, g, b, w);
+    case Reads::affine: return pack_either<Panel, Reads::affine, T>(c, g, b, w);
+    case Reads::affine_relu: return pack_either<Panel, Reads::affine_relu, T>(c, g, b, w);
+    case Reads::gradient: return pack_either<Panel, Reads::gradient, T>(c, g, b, w);
+  }
+}
+
+}  // namespace fastres::FASTRES_ISA
