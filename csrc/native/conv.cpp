@@ -42,9 +42,8 @@ const ConvKernel& find_conv(const Conv& conv, const std::string& name) {
 }
 
 void pack_conv(const ConvKernel& kernel, const ConvShape& shape, bool bfloat16, const float* weight, void* packed) {
-  torch::stable::parallel_for(0, kernel.pack_items(shape, bfloat16), 1, [&](int64_t begin, int64_t end) {
-    kernel.pack(shape, bfloat16, weight, packed, begin, end);
-  });
+  torch::stable::parallel_for(0, kernel.pack_items(shape, bfloat16), 1,
+                              [&](int64_t begin, int64_t end) { kernel.pack(shape, bfloat16, weight, packed, begin, end); });
 }
 
 void run_conv(const ConvKernel& kernel, const Conv& conv) {

@@ -9,7 +9,10 @@
 // reuses what is loaded (float: 14 loads, 24 products). Reads x once into the panel, the band's share of the residual once, the weights
 // once a band; writes y once.
 //
-// Weights [K/32][R*S * run/32][planes][2][16 pairs of K][16 channels][2], bf16: one stream a block.
+// Many channels go in chunks: the sums of a band's tiles wait in memory for the next chunk, while panel and weights stay in the second
+// cache.
+//
+// Weights [K/32][chunks][R*S * run/32][planes][2][16 pairs of K][16 channels][2], bf16: one stream a block.
 #pragma once
 
 #if defined(__AMX_BF16__)
@@ -22,7 +25,7 @@ constexpr int64_t kAmxBlock = 32;
 constexpr int64_t kAmxTile = 512;  // elements of a tile: 16 rows of 32 bf16
 
 FASTRES_INLINE PanelFormat amx_format(bool bfloat16) {
-  return {2, bfloat16 ? 1 : 4, 32, 31, 800 << 10, 16, true, kAmxBlock, bfloat16};
+  return {2, bfloat16 ? 1 : 4, 32, 31, 800 << 10, 16, true, kAmxBlock, bfloat16, {bfloat16 ? 1024 : 512, bfloat16 ? 512 : 256}};
 }
 
 struct alignas(64) AmxConfig {
@@ -33,14 +36,16 @@ struct alignas(64) AmxConfig {
 
 // What one call of the inner kernel needs.
 struct AmxBlock {
-  const bf16* a[2];         // first positions of the two tiles
-  int64_t stride;           // bytes from position to position
-  int64_t plane;            // elements from plane to plane
-  const int64_t* offsets;   // [steps] elements from a to each step's 32 elements of K
+  const bf16* a[2];        // first positions of the two tiles
+  int64_t stride;          // bytes from position to position
+  int64_t plane;           // elements from plane to plane
+  const int64_t* offsets;  // [steps] elements from a to each step's 32 elements of K
   int64_t steps;
-  const bf16* b;            // weights of the block
-  float* acc;               // [32 positions][32 channels]
-  bool special;             // plane 3 holds values that are not finite
+  const bf16* b;  // weights of the block
+  float* acc;     // [32 positions][32 channels]
+  bool special;   // plane 3 holds values that are not finite
+  bool first;     // sums start at zero, not at what acc holds
+  int64_t next;   // bytes ahead in the weights to be brought into the second cache meanwhile, or 0
 };
 
 // Tiles 0-3: sums (position tile * 2 + channel tile); 4, 5: positions; 6, 7: weights.
@@ -57,11 +62,20 @@ FASTRES_INLINE void amx_products() {
 template <bool Split, bool Two>
 __attribute__((noinline)) void amx_block(const AmxBlock& p) {
   const bf16* b = p.b;
-  _tile_zero(0);
-  _tile_zero(1);
-  if constexpr (Two) {
-    _tile_zero(2);
-    _tile_zero(3);
+  if (p.first) {
+    _tile_zero(0);
+    _tile_zero(1);
+    if constexpr (Two) {
+      _tile_zero(2);
+      _tile_zero(3);
+    }
+  } else {
+    _tile_loadd(0, p.acc, 128);
+    _tile_loadd(1, p.acc + 16, 128);
+    if constexpr (Two) {
+      _tile_loadd(2, p.acc + 16 * 32, 128);
+      _tile_loadd(3, p.acc + 16 * 32 + 16, 128);
+    }
   }
   const int64_t stride = p.stride;
   for (int64_t i = 0; i < p.steps; ++i) {
@@ -75,21 +89,40 @@ __attribute__((noinline)) void amx_block(const AmxBlock& p) {
       _tile_loadd(6, b + plane * 2 * kAmxTile, 64);
       _tile_loadd(7, b + plane * 2 * kAmxTile + kAmxTile, 64);
     };
+    // The next step's weights into the first cache, a part after each group of products; the next block's into the second.
+    const auto fetch = [&](int part) __attribute__((always_inline)) {
+      constexpr int n = Split ? 16 : 32;
+      const char* at = reinterpret_cast<const char*>(b) + part * n * 64;
+      if constexpr (Split) {
+#pragma GCC unroll 16
+        for (int j = 0; j < n; ++j) _mm_prefetch(at + 6 * n * 64 + j * 64, _MM_HINT_T0);
+      }
+      if (p.next != 0) {
+#pragma GCC unroll 32
+        for (int j = 0; j < n; ++j) _mm_prefetch(at + p.next + j * 64, _MM_HINT_T1);
+      }
+    };
     if constexpr (Split) {
       // The staircase of products, smallest first where that costs nothing; each move changes one side only.
       positions(0);
       weights(2);
       amx_products<Two>();
+      fetch(0);
       weights(1);
       amx_products<Two>();
+      fetch(1);
       positions(1);
       amx_products<Two>();
+      fetch(2);
       weights(0);
       amx_products<Two>();
+      fetch(3);
       positions(2);
       amx_products<Two>();
+      fetch(4);
       positions(0);
       amx_products<Two>();
+      fetch(5);
       if (__builtin_expect(p.special, 0)) {
         positions(3);
         amx_products<Two>();
@@ -99,6 +132,7 @@ __attribute__((noinline)) void amx_block(const AmxBlock& p) {
       positions(0);
       weights(0);
       amx_products<Two>();
+      fetch(0);
       b += 2 * kAmxTile;
     }
   }
@@ -130,61 +164,105 @@ struct AmxPanelOf<bf16> {
   using type = HalfPanel;
 };
 
+FASTRES_INLINE int64_t amx_steps(const Geometry& g, int64_t chunk) { return g.runs * chunk_run(g, chunk) / 32; }
+
+FASTRES_INLINE int64_t amx_steps_before(const Geometry& g, int64_t chunk) { return chunk * g.runs * g.run / 32; }
+
+// Elements of a block's packed weights.
+FASTRES_INLINE int64_t amx_block_elements(const Geometry& g, int64_t planes) {
+  return (amx_steps_before(g, g.chunks - 1) + amx_steps(g, g.chunks - 1)) * planes * 2 * kAmxTile;
+}
+
+// Floats of sums that wait for the next chunk: 32 x 32 for each pair of tiles and each block of a task.
+FASTRES_INLINE int64_t amx_sums(const Geometry& g) {
+  return 32 * 32 * (g.chunks == 1 ? 1 : ceil_div(most_tiles(g), 2) * ceil_div(g.blocks, g.splits));
+}
+
+// What a task works with: the scratch, cut into pieces.
+template <class T>
+struct AmxTask {
+  static constexpr bool kSplit = sizeof(T) == sizeof(float);
+  static constexpr int64_t kPlanes = kSplit ? 3 : 1;
+  using Panel = typename AmxPanelOf<T>::type;
+
+  const Conv& c;
+  const Geometry& g;
+  int64_t* offsets;  // [steps of a chunk]
+  Tile* tiles;
+  float* acc;  // [amx_sums]
+  Sums sums;
+  char* panel;
+
+  // Adds one chunk of channels to all sums of a band; the last one finishes them.
+  template <Ends E, bool HasResidual>
+  void sum_chunk(const Band& b, int64_t count, int64_t chunk) const {
+    PanelWriter w = writer_of(g, b, panel);
+    w.first = chunk_first(g, chunk);
+    w.last = chunk_last(g, chunk);
+    const bf16* positions = reinterpret_cast<const bf16*>(panel);
+    if (g.in_place) {
+      positions = static_cast<const bf16*>(c.x) + b.row * g.pixel + w.first;
+    } else {
+      pack_panel<Panel, T>(c, g, b, w);
+    }
+    const int64_t steps = amx_steps(g, chunk), per_run = chunk_run(g, chunk) / 32;
+    for (int64_t i = 0; i < steps; ++i) offsets[i] = run_offset(g, b, i / per_run) + i % per_run * 32;
+    const int64_t per_block = amx_block_elements(g, kPlanes);
+    const bf16* weights = static_cast<const bf16*>(c.weights) + amx_steps_before(g, chunk) * kPlanes * 2 * kAmxTile;
+    const bool last = chunk + 1 == g.chunks;
+    AmxBlock p{{nullptr, nullptr}, g.pixel * 2, w.plane, offsets, steps, nullptr, acc, w.special, chunk == 0, 0};
+    asm volatile("" ::: "memory");  // tile loads are opaque to the compiler: what was packed must be in memory
+    const auto one = [&](int64_t block, int64_t i) __attribute__((always_inline)) {
+      const bool two = i + 1 < count;
+      p.a[0] = positions + tiles[i].v * g.pixel;
+      p.a[1] = positions + tiles[two ? i + 1 : i].v * g.pixel;
+      p.b = weights + block * per_block;
+      p.next = i == 0 && block + 1 < b.last_block ? per_block * 2 : 0;
+      if (g.chunks > 1) p.acc = acc + ((block - b.first_block) * ceil_div(count, 2) + i / 2) * 32 * 32;
+      two ? amx_block<kSplit, true>(p) : amx_block<kSplit, false>(p);
+      if (!last) return;
+      const int64_t k0 = block * kAmxBlock, channels = min64(kAmxBlock, c.shape.out_channels - k0);
+      finish_tile<T, E, HasResidual>(c, tiles[i], p.acc, 32, k0, channels, sums);
+      if (two) finish_tile<T, E, HasResidual>(c, tiles[i + 1], p.acc + 16 * 32, 32, k0, channels, sums);
+    };
+    // Where two tiles of positions fit the first cache and all weights the second, each position is read once for all channels.
+    const bool positions_first =
+        g.chunks == 1 && steps * 64 * 32 * kPlanes <= (24 << 10) && (b.last_block - b.first_block) * per_block * 2 <= (512 << 10);
+    if (positions_first) {
+      for (int64_t i = 0; i < count; i += 2) {
+        for (int64_t block = b.first_block; block < b.last_block; ++block) one(block, i);
+      }
+    } else {
+      for (int64_t block = b.first_block; block < b.last_block; ++block) {
+        for (int64_t i = 0; i < count; i += 2) one(block, i);
+      }
+    }
+  }
+};
+
 template <class T>
 void run_amx(const Conv& c, int64_t begin, int64_t end, void* scratch) {
-  constexpr bool split = sizeof(T) == sizeof(float);
-  using Panel = typename AmxPanelOf<T>::type;
-  Geometry g = geometry_of(c, amx_format(!split));
-  const DirectScratch at = scratch_of(c, g, 32 * 32);
+  const Geometry g = geometry_of(c, amx_format(sizeof(T) != sizeof(float)));
+  const DirectScratch at = scratch_of(c, g, amx_sums(g));
   char* base = static_cast<char*>(scratch);
-  int64_t* offsets = reinterpret_cast<int64_t*>(base + at.offsets);
-  Tile* tiles = reinterpret_cast<Tile*>(base + at.tiles);
-  float* acc = reinterpret_cast<float*>(base + at.acc);
-  const Sums sums{reinterpret_cast<float*>(base + at.sums), g.blocks * kAmxBlock};
-  const int64_t per_run = g.run / 32, steps = g.runs * per_run;
-  const int64_t block_elements = steps * (split ? 3 : 1) * 2 * kAmxTile;
+  const AmxTask<T> run{c,
+                       g,
+                       reinterpret_cast<int64_t*>(base + at.offsets),
+                       reinterpret_cast<Tile*>(base + at.tiles),
+                       reinterpret_cast<float*>(base + at.acc),
+                       {reinterpret_cast<float*>(base + at.sums), g.blocks * kAmxBlock},
+                       base + at.panel};
   const AmxConfig config;
   _tile_loadconfig(&config);
   for (int64_t task = begin; task < end; ++task) {
     const Band b = band_of(g, task);
-    PanelWriter w = writer_of(g, b, base + at.panel);
-    const bf16* panel = reinterpret_cast<const bf16*>(base + at.panel);
-    if (g.in_place) {
-      panel = static_cast<const bf16*>(c.x) + b.row * g.pixel;
-    } else {
-      pack_panel<Panel, T>(c, g, b, w);
-    }
-    for (int64_t i = 0; i < steps; ++i) offsets[i] = run_offset(g, b, i / per_run) + i % per_run * 32;
-    const int64_t count = cut_into_tiles(g, b, tiles);
-    if (g.in_place && count > 0) pull_back(tiles[count - 1], g.s.out_height - b.row);
-    __builtin_memset(sums.rows, 0, sum_rows(c) * sums.stride * sizeof(float));
-    AmxBlock p{{nullptr, nullptr}, g.pixel * 2, w.plane, offsets, steps, nullptr, acc, w.special};
-    asm volatile("" ::: "memory");  // tile loads are opaque to the compiler: what was packed must be in memory
+    const int64_t count = cut_into_tiles(g, b, run.tiles);
+    if (g.in_place && count > 0) pull_back(run.tiles[count - 1], g.s.out_height - b.row);
+    __builtin_memset(run.sums.rows, 0, sum_rows(c) * run.sums.stride * sizeof(float));
     with_ends(c, [&]<Ends end_kind, bool residual>() {
-      const auto one = [&](int64_t block, int64_t i) __attribute__((always_inline)) {
-        const bool two = i + 1 < count;
-        p.a[0] = panel + tiles[i].v * g.pixel;
-        p.a[1] = panel + tiles[two ? i + 1 : i].v * g.pixel;
-        p.b = static_cast<const bf16*>(c.weights) + block * block_elements;
-        two ? amx_block<split, true>(p) : amx_block<split, false>(p);
-        const int64_t k0 = block * kAmxBlock, channels = min64(kAmxBlock, c.shape.out_channels - k0);
-        finish_tile<T, end_kind, residual>(c, tiles[i], acc, 32, k0, channels, sums);
-        if (two) finish_tile<T, end_kind, residual>(c, tiles[i + 1], acc + 16 * 32, 32, k0, channels, sums);
-      };
-      // Where two tiles of positions fit the first cache and all weights the second, each position is read once for all channels.
-      const bool positions_first = steps * 64 * 32 * (split ? 3 : 1) <= (24 << 10) &&
-                                   (b.last_block - b.first_block) * block_elements * 2 <= (512 << 10);
-      if (positions_first) {
-        for (int64_t i = 0; i < count; i += 2) {
-          for (int64_t block = b.first_block; block < b.last_block; ++block) one(block, i);
-        }
-      } else {
-        for (int64_t block = b.first_block; block < b.last_block; ++block) {
-          for (int64_t i = 0; i < count; i += 2) one(block, i);
-        }
-      }
+      for (int64_t chunk = 0; chunk < g.chunks; ++chunk) run.template sum_chunk<end_kind, residual>(b, count, chunk);
     });
-    if (sum_rows(c) > 0) publish_sums(c, sums, task, b.first_block * kAmxBlock, b.last_block * kAmxBlock);
+    if (sum_rows(c) > 0) publish_sums(c, run.sums, task, b.first_block * kAmxBlock, b.last_block * kAmxBlock);
   }
   _tile_release();
 }
@@ -196,7 +274,7 @@ inline const char* amx_refusal(const Conv& c) { return direct_refusal(c); }
 
 inline int64_t amx_packed_bytes(const ConvShape& s, bool bfloat16) {
   const Geometry g = amx_geometry(packing_problem(s, bfloat16));
-  return g.blocks * g.runs * g.run * kAmxBlock * 2 * (bfloat16 ? 1 : 3);
+  return g.blocks * amx_block_elements(g, bfloat16 ? 1 : 3) * 2;
 }
 
 inline int64_t amx_pack_items(const ConvShape& s, bool) { return ceil_div(s.out_channels, kAmxBlock); }
@@ -224,19 +302,25 @@ inline void amx_pack(const ConvShape& s, bool bfloat16, const float* weight, voi
   const Geometry g = amx_geometry(packing_problem(s, bfloat16));
   const int64_t planes = bfloat16 ? 1 : 3, per_channel = s.in_channels * s.kernel_h * s.kernel_w, step = planes * 2 * kAmxTile;
   for (int64_t block = begin; block < end; ++block) {
-    bf16* out = static_cast<bf16*>(packed) + block * g.runs * (g.run / 32) * step;
-    for (int64_t k = 0; k < kAmxBlock; ++k) {
-      const int64_t channel = block * kAmxBlock + k;
-      for (int64_t i = 0; i < g.runs * g.run; i += 32) {
-        alignas(64) float x[32] = {};
-        if (channel < s.out_channels) gather_weights(s, g, weight + channel * per_channel, i / g.run, i % g.run, 32, x);
-        pack_weights(x, planes, k, out + i / 32 * step);
+    bf16* out = static_cast<bf16*>(packed) + block * amx_block_elements(g, planes);
+    for (int64_t chunk = 0; chunk < g.chunks; ++chunk) {
+      const int64_t run = chunk_run(g, chunk);
+      for (int64_t i = 0; i < g.runs * run; i += 32, out += step) {
+        for (int64_t k = 0; k < kAmxBlock; ++k) {
+          const int64_t channel = block * kAmxBlock + k;
+          alignas(64) float x[32] = {};
+          if (channel < s.out_channels) gather_weights(s, g, weight + channel * per_channel, chunk, i / run, i % run, 32, x);
+          pack_weights(x, planes, k, out);
+        }
       }
     }
   }
 }
 
-inline int64_t amx_scratch(const Conv& c) { return scratch_of(c, amx_geometry(c), 32 * 32).bytes; }
+inline int64_t amx_scratch(const Conv& c) {
+  const Geometry g = amx_geometry(c);
+  return scratch_of(c, g, amx_sums(g)).bytes;
+}
 
 inline int64_t amx_tasks(const Conv& c) { return tasks_of(amx_geometry(c)); }
 

@@ -10,27 +10,27 @@
 namespace fastres {
 
 struct ConvShape {
-  int64_t images;                           // N
-  int64_t height, width, in_channels;       // x [N, H, W, C]
-  int64_t out_height, out_width;            // y [N, P, Q, K]
+  int64_t images;                      // N
+  int64_t height, width, in_channels;  // x [N, H, W, C]
+  int64_t out_height, out_width;       // y [N, P, Q, K]
   int64_t out_channels;
-  int64_t kernel_h, kernel_w;               // R, S
-  int64_t stride_h, stride_w, pad_h, pad_w; // zero padding, after the prologue
+  int64_t kernel_h, kernel_w;                // R, S
+  int64_t stride_h, stride_w, pad_h, pad_w;  // zero padding, after the prologue
   int64_t dilation_h, dilation_w;
-  int64_t groups;                           // divides C and K
+  int64_t groups;  // divides C and K
 };
 
 // One convolution: y = act(conv(prologue(x), w) + bias + residual), and what training adds to it. Absent pointers are null.
 struct Conv {
   ConvShape shape;
-  bool bfloat16;           // dtype of x, residual, y (and of grad pieces below); float otherwise. Everything else is float.
+  bool bfloat16;  // dtype of x, residual, y (and of grad pieces below); float otherwise. Everything else is float.
   bool relu;
-  int threads;             // how many threads share the tasks: 1 asks for the largest blocks
-  const void* x;           // [N, H, W, C]
-  const void* weights;     // packed by this kernel for this shape's C, K, R, S, groups and dtype
-  const float* bias;       // [K]
-  const void* residual;    // [N, P, Q, K]
-  void* y;                 // [N, P, Q, K]
+  int threads;           // how many threads share the tasks: 1 asks for the largest blocks
+  const void* x;         // [N, H, W, C]
+  const void* weights;   // packed by this kernel for this shape's C, K, R, S, groups and dtype
+  const float* bias;     // [K]
+  const void* residual;  // [N, P, Q, K]
+  void* y;               // [N, P, Q, K]
 
   // Prologue: x is read as act(scale*(x - center) + shift), per channel of C (null scale: as it is).
   const float* scale;
@@ -38,7 +38,7 @@ struct Conv {
   const float* shift;
   bool prologue_relu;
   // Prologue of a gradient: x is read as x + offset + slope*(raw - mean), per channel of C (null offset: as it is).
-  const void* raw;         // [N, H, W, C]
+  const void* raw;  // [N, H, W, C]
   const float* mean;
   const float* offset;
   const float* slope;
@@ -48,7 +48,7 @@ struct Conv {
   // Mask epilogue (input gradients): y is multiplied by [act input > 0] where the activation input is
   // out_scale*(pre - out_center) + out_shift, then by out_scale; sums of dz*(pre - out_center) and dz go to grad_sums, one row of
   // [2, K] per task.
-  const void* pre;         // [N, P, Q, K]
+  const void* pre;  // [N, P, Q, K]
   const float* out_scale;
   const float* out_center;
   const float* out_shift;

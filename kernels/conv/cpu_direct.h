@@ -16,7 +16,7 @@ namespace fastres::FASTRES_ISA {
 #if defined(__AVX512F__)
 constexpr int kDirectTile = 14;  // x 2 vectors = 28 of 32 registers
 #else
-constexpr int kDirectTile = 6;   // x 2 vectors = 12 of 16 registers
+constexpr int kDirectTile = 6;  // x 2 vectors = 12 of 16 registers
 #endif
 constexpr int64_t kDirectBlock = 2 * kWidth;
 
@@ -61,7 +61,7 @@ struct Product<true> {
 template <bool Pairs>
 PanelFormat direct_format(bool bfloat16) {
   // 256 KB of panel leave room for a block's weights in a second cache of 512 KB or more.
-  return {Pairs ? 2 : 4, 1, Product<Pairs>::kDepth, 15, 256 << 10, kDirectTile, false, kDirectBlock, Pairs == bfloat16};
+  return {Pairs ? 2 : 4, 1, Product<Pairs>::kDepth, 15, 256 << 10, kDirectTile, false, kDirectBlock, Pairs == bfloat16, {0, 0}};
 }
 
 // The registers: M positions x 2 vectors. a: the first position, `stride` bytes from position to position; u: the block's weights.
@@ -129,7 +129,7 @@ FASTRES_INLINE DirectScratch scratch_of(const Conv& c, const Geometry& g, int64_
 
 FASTRES_INLINE PanelWriter writer_of(const Geometry& g, const Band& b, char* at) {
   const int64_t plane = plane_elements(g, b.images, b.rows);
-  return {plane, at, false, plane};
+  return {plane, at, false, plane, 0, g.s.in_channels};
 }
 
 template <class T, bool Pairs>
@@ -188,14 +188,15 @@ inline const char* direct_refusal(const Conv& c) {
   return nullptr;
 }
 
-// Elements [i, i + n) of run r, for one output channel's weights [C, R, S]: zeros behind the last.
-FASTRES_INLINE void gather_weights(const ConvShape& s, const Geometry& g, const float* weight, int64_t run, int64_t i, int64_t n, float* out) {
+// Elements [i, i + n) of run r of a chunk, for one output channel's weights [C, R, S]: zeros behind the last.
+FASTRES_INLINE void gather_weights(const ConvShape& s, const Geometry& g, const float* weight, int64_t chunk, int64_t run, int64_t i,
+                                   int64_t n, float* out) {
   const int64_t taps = s.kernel_h * s.kernel_w, C = s.in_channels;
   if (g.columns) {  // i = tap*C + c
     for (int64_t k = 0; k < n; ++k) out[k] = i + k < taps * C ? weight[(i + k) % C * taps + (i + k) / C] : 0.0f;
   } else {
-    const int64_t present = max64(0, min64(n, C - i));
-    for (int64_t k = 0; k < present; ++k) out[k] = weight[(i + k) * taps + run];
+    const int64_t first = chunk_first(g, chunk) + i, present = max64(0, min64(n, chunk_last(g, chunk) - first));
+    for (int64_t k = 0; k < present; ++k) out[k] = weight[(first + k) * taps + run];
     for (int64_t k = present; k < n; ++k) out[k] = 0.0f;
   }
 }
@@ -223,7 +224,7 @@ inline void direct_pack(const ConvShape& s, bool bfloat16, const float* weight, 
       const int64_t to = (k / kDirectBlock * g.runs + r) * g.run * kDirectBlock + k % kDirectBlock * depth;
       for (int64_t i = 0; i < g.run; i += depth) {
         float x[2] = {};
-        if (k < s.out_channels) gather_weights(s, g, weight + k * per_channel, r, i, depth, x);
+        if (k < s.out_channels) gather_weights(s, g, weight + k * per_channel, 0, r, i, depth, x);
         for (int64_t d = 0; d < depth; ++d) {
           const int64_t at = to + i * kDirectBlock + d;
           if (depth == 2) {

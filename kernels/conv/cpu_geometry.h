@@ -18,28 +18,30 @@ namespace fastres::FASTRES_ISA {
 
 // What a kernel wants of its panel.
 struct PanelFormat {
-  int64_t element;      // bytes of one element
-  int64_t planes;       // copies (bf16x3: hi, mid, lo and the non-finite values)
-  int64_t unit;         // runs are zero-padded to multiples of this many elements
-  int64_t columns_to;   // convolutions of up to so many channels are packed by columns
-  int64_t budget;       // bytes of panel a task may fill
-  int64_t tile;         // positions a tile holds at most
-  bool spans_rows;      // tiles may span rows (junk positions cost nothing extra)
-  int64_t block;        // output channels a block of weights holds
-  bool in_place;        // x itself may be the panel
+  int64_t element;     // bytes of one element
+  int64_t planes;      // copies (bf16x3: hi, mid, lo and the non-finite values)
+  int64_t unit;        // runs are zero-padded to multiples of this many elements
+  int64_t columns_to;  // convolutions of up to so many channels are packed by columns
+  int64_t budget;      // bytes of panel a task may fill
+  int64_t tile;        // positions a tile holds at most
+  bool spans_rows;     // tiles may span rows (junk positions cost nothing extra)
+  int64_t block;       // output channels a block of weights holds
+  bool in_place;       // x itself may be the panel
+  int64_t chunk[2];    // channels that are packed and summed at a time: 1x1 convolutions, others (0: all)
 };
 
 struct Geometry {
-  ConvShape s;               // as given; flat ones with P = N*H*W rows of one position, images = 1
+  ConvShape s;  // as given; flat ones with P = N*H*W rows of one position, images = 1
   PanelFormat format;
   bool in_place, columns;
-  int64_t runs, run;         // runs of K and their padded length, in elements
-  int64_t pixel;             // elements from one position to the next
-  int64_t pitch;             // positions from one row to the next
+  int64_t chunk, chunks;  // channels go in so many chunks, so that a panel and the weights that meet it stay in the second cache
+  int64_t runs, run;      // runs of K and their padded length, in elements, for one chunk
+  int64_t pixel;          // elements from one position to the next
+  int64_t pitch;          // positions from one row to the next
   int64_t phases_h, phases_w, extra_h;
-  int64_t blocks;            // of output channels
-  int64_t rows, images;      // of a band: some rows of one image, or some whole images
-  int64_t bands, splits;     // tasks = bands * splits; a split is a range of blocks
+  int64_t blocks;         // of output channels
+  int64_t rows, images;   // of a band: some rows of one image, or some whole images
+  int64_t bands, splits;  // tasks = bands * splits; a split is a range of blocks
 };
 
 struct Band {
@@ -53,21 +55,18 @@ FASTRES_INLINE int64_t tasks_of(const Geometry& g) { return g.bands * g.splits; 
 FASTRES_INLINE int64_t panel_rows(const Geometry& g, int64_t rows) { return rows + g.extra_h; }
 
 // Positions of one phase of a band's panel.
-FASTRES_INLINE int64_t phase_positions(const Geometry& g, int64_t images, int64_t rows) {
-  return images * panel_rows(g, rows) * g.pitch;
-}
+FASTRES_INLINE int64_t phase_positions(const Geometry& g, int64_t images, int64_t rows) { return images * panel_rows(g, rows) * g.pitch; }
 
 // Elements of one plane of a band's panel, with slack for the taps past the last position and for whole-tile reads.
 FASTRES_INLINE int64_t plane_elements(const Geometry& g, int64_t images, int64_t rows) {
   const int64_t slack = (g.format.tile + (g.s.kernel_w - 1) * g.s.dilation_w + g.s.pad_w + 1) * g.pixel;
-  const int64_t n = g.columns ? images * rows * g.s.out_width * g.pixel : g.phases_h * g.phases_w * phase_positions(g, images, rows) * g.pixel;
+  const int64_t n =
+      g.columns ? images * rows * g.s.out_width * g.pixel : g.phases_h * g.phases_w * phase_positions(g, images, rows) * g.pixel;
   return round_up(n + slack + 32, 32) + 32;  // an odd number of cache lines from plane to plane
 }
 
 // Bytes of the row buffer that packing by columns copies from: input rows of the band with their padding.
-FASTRES_INLINE int64_t row_buffer_width(const Geometry& g) {
-  return round_up((g.s.width + 2 * g.s.pad_w) * g.s.in_channels + 64, 32);
-}
+FASTRES_INLINE int64_t row_buffer_width(const Geometry& g) { return round_up((g.s.width + 2 * g.s.pad_w) * g.s.in_channels + 64, 32); }
 FASTRES_INLINE int64_t row_buffer_rows(const Geometry& g, int64_t rows) {
   return (rows - 1) * g.s.stride_h + (g.s.kernel_h - 1) * g.s.dilation_h + 1;
 }
@@ -135,6 +134,9 @@ FASTRES_INLINE Geometry geometry_of(const Conv& c, const PanelFormat& format) {
   }
   g.blocks = ceil_div(s.out_channels, format.block);
   g.columns = s.kernel_h * s.kernel_w > 1 && s.in_channels <= format.columns_to;
+  const int64_t limit = format.chunk[s.kernel_h * s.kernel_w > 1];
+  g.chunks = limit > 0 && !g.columns ? max64(1, ceil_div(s.in_channels, limit)) : 1;
+  g.chunk = g.chunks > 1 ? round_up(ceil_div(s.in_channels, g.chunks), format.unit) : s.in_channels;
   if (g.columns) {
     g.runs = 1;
     g.run = round_up(s.kernel_h * s.kernel_w * s.in_channels, format.unit);
@@ -143,7 +145,7 @@ FASTRES_INLINE Geometry geometry_of(const Conv& c, const PanelFormat& format) {
     g.phases_h = g.phases_w = 1;
   } else {
     g.runs = s.kernel_h * s.kernel_w;
-    g.run = round_up(s.in_channels, format.unit);
+    g.run = round_up(g.chunk, format.unit);
     g.in_place = flat && format.in_place && s.in_channels % format.unit == 0 && c.scale == nullptr && c.offset == nullptr;
     // Rows of a tile a multiple of 256 bytes apart would share few sets of the first cache.
     const bool aliased = g.run * format.element % 256 == 0;
@@ -155,7 +157,7 @@ FASTRES_INLINE Geometry geometry_of(const Conv& c, const PanelFormat& format) {
     const bool shared = s.stride_w == 1 && s.out_width <= s.width + s.pad_w;
     g.pitch = shared ? s.width + s.pad_w : s.out_width + reach;
   }
-  const int64_t weights = g.blocks * format.block * g.runs * g.run * format.element * min64(format.planes, 3);
+  const int64_t weights = g.blocks * format.block * g.chunks * g.runs * g.run * format.element * min64(format.planes, 3);
   cut_into_bands(g, c.threads, weights);
   return g;
 }
@@ -173,6 +175,13 @@ FASTRES_INLINE Band band_of(const Geometry& g, int64_t task) {
   return b;
 }
 
+// Channels [first, last) of chunk i, and the elements of K that its runs hold.
+FASTRES_INLINE int64_t chunk_first(const Geometry& g, int64_t i) { return i * g.chunk; }
+FASTRES_INLINE int64_t chunk_last(const Geometry& g, int64_t i) { return min64((i + 1) * g.chunk, g.s.in_channels); }
+FASTRES_INLINE int64_t chunk_run(const Geometry& g, int64_t i) {
+  return g.columns ? g.run : round_up(chunk_last(g, i) - chunk_first(g, i), g.format.unit);
+}
+
 // Where run (r, s) starts in the panel of a band, in elements.
 FASTRES_INLINE int64_t run_offset(const Geometry& g, const Band& b, int64_t run) {
   if (g.columns) return 0;
@@ -186,7 +195,7 @@ constexpr int64_t kMostTile = 16;
 struct Tile {
   int64_t v;
   int32_t count;
-  int32_t stored;            // how many of out[] are >= 0
+  int32_t stored;  // how many of out[] are >= 0
   int64_t out[kMostTile];
 };
 

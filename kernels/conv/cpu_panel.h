@@ -24,10 +24,11 @@ struct SplitPanel {
 };
 
 struct PanelWriter {
-  int64_t plane;     // elements from one plane to the next
+  int64_t plane;  // elements from one plane to the next
   void* panel;
-  bool special;      // a value that is not finite was seen; plane 3 is in use
-  int64_t elements;  // of a plane that are in use, for clearing plane 3
+  bool special;         // a value that is not finite was seen; plane 3 is in use
+  int64_t elements;     // of a plane that are in use, for clearing plane 3
+  int64_t first, last;  // the channels that are packed
 };
 
 FASTRES_INLINE HalfBits high_halves(Vec x) { return __builtin_convertvector((Bits)x >> 16, HalfBits); }
@@ -67,6 +68,34 @@ FASTRES_INLINE void write_vector(PanelWriter& w, int64_t at, Vec x) {
   }
 }
 
+#if defined(__AVX512BW__)
+template <class Panel>
+constexpr bool kSplitsPairs = Panel::kPlanes == 3;
+
+// Two neighbouring vectors at once: one shuffle a plane takes the upper halves of 32 floats.
+FASTRES_INLINE void write_pair(PanelWriter& w, int64_t at, Vec x, Vec y) {
+  constexpr int kNotFinite = 0x99;  // quiet and signalling NaN, both infinities
+  const unsigned bad = _mm512_fpclass_ps_mask((__m512)x, kNotFinite) | _mm512_fpclass_ps_mask((__m512)y, kNotFinite);
+  if (__builtin_expect(bad != 0 || w.special, 0)) {
+    write_vector<SplitPanel>(w, at, x);
+    return write_vector<SplitPanel>(w, at + kWidth, y);
+  }
+  alignas(64) static constexpr uint16_t kUpper[32] = {1,  3,  5,  7,  9,  11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31,
+                                                      33, 35, 37, 39, 41, 43, 45, 47, 49, 51, 53, 55, 57, 59, 61, 63};
+  const __m512i upper = _mm512_load_si512(kUpper);
+  bf16* p = static_cast<bf16*>(w.panel) + at;
+  for (int plane = 0; plane < 3; ++plane) {
+    _mm512_storeu_si512(p + plane * w.plane, _mm512_permutex2var_epi16((__m512i)x, upper, (__m512i)y));
+    x -= (Vec)((Bits)x & 0xffff0000u);
+    y -= (Vec)((Bits)y & 0xffff0000u);
+  }
+}
+#else
+template <class Panel>
+constexpr bool kSplitsPairs = false;
+FASTRES_INLINE void write_pair(PanelWriter&, int64_t, Vec, Vec) {}
+#endif
+
 // What is done to a value on its way into the panel.
 enum class Reads : int { plain = 0, affine = 1, affine_relu = 2, gradient = 3 };
 
@@ -90,14 +119,54 @@ FASTRES_INLINE Vec read_vector(const Conv& c, int64_t at, int64_t channel, int64
   return x;
 }
 
-// One pixel: C channels of x at element `from`, to panel position `to`, zero-padded to `width` elements.
+// Whether an element of x goes into the panel as it is.
+template <class Panel, Reads R, class T>
+constexpr bool kCopies = R == Reads::plain && Panel::kPlanes == 1 && sizeof(T) == sizeof(typename Panel::Element);
+
+// Copies n elements and may write, not read, up to a vector more: what lies behind is written after.
+template <class E>
+FASTRES_INLINE void copy_elements(E* to, const E* from, int64_t n) {
+  constexpr int64_t step = kVectorBytes / static_cast<int64_t>(sizeof(E));
+  int64_t i = 0;
+  for (; i + step <= n; i += step) __builtin_memcpy(to + i, from + i, kVectorBytes);
+  for (; i < n; ++i) to[i] = from[i];
+}
+
+// The same, and may read up to a vector more.
+template <class E>
+FASTRES_INLINE void copy_loosely(E* to, const E* from, int64_t n) {
+  constexpr int64_t step = kVectorBytes / static_cast<int64_t>(sizeof(E));
+  for (int64_t i = 0; i < n; i += step) __builtin_memcpy(to + i, from + i, kVectorBytes);
+}
+
+template <class E>
+FASTRES_INLINE void clear_loosely(E* to, int64_t n) {
+  constexpr int64_t step = kVectorBytes / static_cast<int64_t>(sizeof(E));
+  const Vec zero{};
+  for (int64_t i = 0; i < n; i += step) __builtin_memcpy(to + i, &zero, kVectorBytes);
+}
+
+// One pixel, x at element `from`: its channels [first, last) to panel position `to`, zero-padded to `width` elements.
 template <class Panel, Reads R, class T>
 FASTRES_INLINE void pack_pixel(const Conv& c, PanelWriter& w, int64_t from, int64_t to, int64_t width) {
-  const int64_t C = c.shape.in_channels;
+  const int64_t C = w.last - w.first;
+  from += w.first;
+  if constexpr (kCopies<Panel, R, T>) {
+    using E = typename Panel::Element;
+    E* out = static_cast<E*>(w.panel) + to;
+    copy_elements(out, static_cast<const E*>(c.x) + from, C);
+    return clear_loosely(out + C, width - C);
+  }
   int64_t i = 0;
-  for (; i + kWidth <= C; i += kWidth) write_vector<Panel>(w, to + i, read_vector<R, T, false>(c, from + i, i, kWidth));
+  if constexpr (kSplitsPairs<Panel>) {
+    for (; i + 2 * kWidth <= C; i += 2 * kWidth) {
+      write_pair(w, to + i, read_vector<R, T, false>(c, from + i, w.first + i, kWidth),
+                 read_vector<R, T, false>(c, from + i + kWidth, w.first + i + kWidth, kWidth));
+    }
+  }
+  for (; i + kWidth <= C; i += kWidth) write_vector<Panel>(w, to + i, read_vector<R, T, false>(c, from + i, w.first + i, kWidth));
   if (i < C) {  // whole vectors are written: the panel has slack, and what lies behind is written after
-    write_vector<Panel>(w, to + i, read_vector<R, T, true>(c, from + i, i, C - i));
+    write_vector<Panel>(w, to + i, read_vector<R, T, true>(c, from + i, w.first + i, C - i));
     i += kWidth;
   }
   for (; i < width; i += kWidth) write_vector<Panel>(w, to + i, Vec{});
@@ -147,12 +216,6 @@ void pack_band(const Conv& c, const Geometry& g, const Band& b, PanelWriter& w) 
 
 // Packing by columns. The row buffer holds the band's input rows with their padding, [rows, (W + 2 pad)*C]; then each output position
 // gets its R pieces of S*C neighbouring elements (or R*S pieces of C where taps are dilated).
-template <class E>
-FASTRES_INLINE void copy_elements(E* to, const E* from, int64_t n) {
-  constexpr int64_t step = kVectorBytes / static_cast<int64_t>(sizeof(E));
-  for (int64_t i = 0; i < n; i += step) __builtin_memcpy(to + i, from + i, kVectorBytes);  // may write past n: the next piece follows
-}
-
 template <class Panel, Reads R, class T>
 void pack_columns(const Conv& c, const Geometry& g, const Band& b, PanelWriter& w) {
   using E = typename Panel::Element;
@@ -162,7 +225,7 @@ void pack_columns(const Conv& c, const Geometry& g, const Band& b, PanelWriter& 
   const int64_t length = s.kernel_h * s.kernel_w * C;
   for (int64_t i = 0; i < b.images; ++i) {
     // The row buffer lies behind the planes and has the planes' distance itself.
-    PanelWriter buffer{rows * width, static_cast<E*>(w.panel) + (Panel::kPlanes == 1 ? 1 : 4) * w.plane, w.special, rows * width};
+    PanelWriter buffer{rows * width, static_cast<E*>(w.panel) + (Panel::kPlanes == 1 ? 1 : 4) * w.plane, w.special, rows * width, 0, C};
     for (int64_t row = 0; row < rows; ++row) {
       const int64_t h = b.row * s.stride_h + row - s.pad_h, to = row * width;
       zero_pixels<Panel>(buffer, to, width);
@@ -170,7 +233,17 @@ void pack_columns(const Conv& c, const Geometry& g, const Band& b, PanelWriter& 
       const int64_t begin = ((b.image + i) * s.height + h) * s.width;
       if constexpr (R == Reads::plain) {  // channels of neighbouring pixels are neighbours: one long run
         const int64_t n = s.width * C, at = to + s.pad_w * C;
+        if constexpr (kCopies<Panel, R, T>) {
+          copy_elements(static_cast<E*>(buffer.panel) + at, static_cast<const E*>(c.x) + begin * C, n);
+          continue;
+        }
         int64_t k = 0;
+        if constexpr (kSplitsPairs<Panel>) {
+          for (; k + 2 * kWidth <= n; k += 2 * kWidth) {
+            write_pair(buffer, at + k, read_vector<R, T, false>(c, begin * C + k, 0, kWidth),
+                       read_vector<R, T, false>(c, begin * C + k + kWidth, 0, kWidth));
+          }
+        }
         for (; k + kWidth <= n; k += kWidth) write_vector<Panel>(buffer, at + k, read_vector<R, T, false>(c, begin * C + k, 0, kWidth));
         if (k < n) write_vector<Panel>(buffer, at + k, read_vector<R, T, true>(c, begin * C + k, 0, n - k));
       } else {
@@ -189,9 +262,9 @@ void pack_columns(const Conv& c, const Geometry& g, const Band& b, PanelWriter& 
           E* out = to;
           for (int64_t r = 0; r < s.kernel_h; ++r) {
             const E* row = from + (p * s.stride_h + r * s.dilation_h) * width + q * s.stride_w * C;
-            for (int64_t k = 0; k < pieces; ++k, out += piece) copy_elements(out, row + k * s.dilation_w * C, piece);
+            for (int64_t k = 0; k < pieces; ++k, out += piece) copy_loosely(out, row + k * s.dilation_w * C, piece);
           }
-          __builtin_memset(to + length, 0, (g.pixel - length) * sizeof(E));
+          clear_loosely(to + length, g.pixel - length);
         }
       }
     }
