@@ -27,11 +27,14 @@ from .nn import convert_sync_bn
 if TYPE_CHECKING:
     from .explanation import explain
     from .fusion import fuse
+    from .inference import CompiledNetwork, compile
 
 __all__ = [
+    "CompiledNetwork",
     "__version__",
     "bn_coefficients",
     "build_info",
+    "compile",
     "conv_act",
     "conv_stats",
     "convert_sync_bn",
@@ -51,7 +54,7 @@ __all__ = [
     "use_backend",
 ]
 
-_LAZY = {"explain": "explanation", "fuse": "fusion"}
+_LAZY = {"CompiledNetwork": "inference", "compile": "inference", "explain": "explanation", "fuse": "fusion"}
 
 
 def __getattr__(name: str) -> Any:

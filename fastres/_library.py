@@ -80,12 +80,17 @@ def cuda_error() -> str | None:
     return _errors["cuda"]
 
 
+def has_weight_gradient() -> bool:
+    """Whether the convolution engine computes weight gradients on this CPU."""
+    return _native is not None and _errors["native"] is None and _native.has_weight_gradient()
+
+
 def build_info() -> dict[str, Any]:
     """What this installation of fastres was built with and can use.
 
     Returns:
         ``version`` (str); ``native``, ``cuda`` (bool: usable) with ``native_error``, ``cuda_error`` (str or None);
-        ``isa`` (``"avx512"``, ``"avx2"``, ``"baseline"`` or None) and ``isa_supported`` (list, lowest first);
+        ``isa`` (``"amx"``, ``"avx512_bf16"``, ``"avx512"``, ``"avx2"``, ``"baseline"`` or None) and ``isa_supported`` (list, lowest first);
         ``compiler``, ``build_type``, ``torch_built_with`` (str or None), ``torch_running`` (str);
         ``cuda_archs`` (list of str) and ``cuda_compiler`` (str or None).
     """

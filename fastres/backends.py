@@ -26,6 +26,9 @@ PREFERENCE: dict[str, tuple[str, ...]] = {
     "cuda": ("library", "reference", "cuda"),
 }
 _ANY_DEVICE = ("library", "reference")
+_CONVS = ("conv_stats", "conv_act")
+# Where nothing was measured, the convolution engine is preferred to the library on the instruction sets where it was found faster.
+_ENGINE_FIRST = ("amx",)
 _DTYPES: dict[str, tuple[torch.dtype, ...]] = {
     "native": (torch.float32, torch.bfloat16),
     "cuda": (torch.float32, torch.float16, torch.bfloat16),
@@ -41,10 +44,11 @@ class Problem:
     device: str
     dtype: torch.dtype
     shape: tuple[int, ...]
+    groups: int = 1
 
     @classmethod
-    def of(cls, op: str, x: Tensor) -> "Problem":
-        return cls(op, x.device.type, x.dtype, tuple(x.shape))
+    def of(cls, op: str, x: Tensor, groups: int = 1) -> "Problem":
+        return cls(op, x.device.type, x.dtype, tuple(x.shape), groups)
 
     def __str__(self) -> str:
         return f"{self.op} on {self.device}, {str(self.dtype).removeprefix('torch.')}, shape {list(self.shape)}"
@@ -58,7 +62,7 @@ class Choice:
     refused: tuple[tuple[str, str], ...] = ()
 
 
-def refusal(backend: str, op: str, device: str, dtype: torch.dtype) -> str | None:
+def refusal(backend: str, op: str, device: str, dtype: torch.dtype, groups: int = 1) -> str | None:
     """``None`` if ``backend`` serves ``op`` on ``device`` in ``dtype``, else the reason in words."""
     if backend not in OPS[op].backends:
         return f"{backend} has no {op}"
@@ -68,6 +72,8 @@ def refusal(backend: str, op: str, device: str, dtype: torch.dtype) -> str | Non
         if dtype not in _DTYPES[backend]:
             known = ", ".join(str(d).removeprefix("torch.") for d in _DTYPES[backend])
             return f"{backend} takes {known}, not {str(dtype).removeprefix('torch.')}"
+        if backend == "native" and op in _CONVS and groups > 1:
+            return f"native has no convolution in groups, {groups} were asked for"
         return _library.native_error() if backend == "native" else _library.cuda_error()
     return None
 
@@ -102,8 +108,16 @@ def use_backend(name: str) -> Iterator[None]:
         _forced.pop()
 
 
-def select(op: str, x: Tensor) -> Choice:
-    """The backend for ``op`` on tensors like ``x``.
+def preference(op: str, device: str) -> tuple[str, ...]:
+    """The backends ``auto`` tries for ``op``, in order, where no measurement says otherwise."""
+    order = PREFERENCE.get(device, _ANY_DEVICE)
+    if op in _CONVS and device == "cpu" and _library.build_info()["isa"] not in _ENGINE_FIRST:
+        order = ("library", "native", "reference")
+    return order
+
+
+def select(op: str, x: Tensor, groups: int = 1) -> Choice:
+    """The backend for ``op`` on tensors like ``x``, for convolutions with so many groups.
 
     Raises:
         BackendError: an explicitly requested backend has the op but can't serve the problem, or nobody can.
@@ -111,29 +125,29 @@ def select(op: str, x: Tensor) -> Choice:
     device, dtype = x.device.type, x.dtype
     want = requested()
     if want != AUTO and want in OPS[op].backends:
-        reason = refusal(want, op, device, dtype)
+        reason = refusal(want, op, device, dtype, groups)
         if reason is not None:
-            usable = [b for b in OPS[op].backends if refusal(b, op, device, dtype) is None]
+            usable = [b for b in OPS[op].backends if refusal(b, op, device, dtype, groups) is None]
             raise BackendError(
-                f"backend {want!r} was requested but can't serve {Problem.of(op, x)}: {reason}. "
+                f"backend {want!r} was requested but can't serve {Problem.of(op, x, groups)}: {reason}. "
                 f"Usable here: {', '.join(usable) or 'none'}."
             )
         choice = Choice(want)
     else:
-        choice = _first_that_serves(op, x)
+        choice = _first_that_serves(op, x, groups)
     if _recorder is not None:
-        _recorder.add(Problem.of(op, x), choice)
+        _recorder.add(Problem.of(op, x, groups), choice)
     return choice
 
 
-def _first_that_serves(op: str, x: Tensor) -> Choice:
+def _first_that_serves(op: str, x: Tensor, groups: int) -> Choice:
     refused: list[tuple[str, str]] = []
-    for backend in PREFERENCE.get(x.device.type, _ANY_DEVICE):
-        reason = refusal(backend, op, x.device.type, x.dtype)
+    for backend in preference(op, x.device.type):
+        reason = refusal(backend, op, x.device.type, x.dtype, groups)
         if reason is None:
             return Choice(backend, tuple(refused))
         refused.append((backend, reason))
-    raise BackendError(f"no backend serves {Problem.of(op, x)}: " + "; ".join(f"{b}: {r}" for b, r in refused))
+    raise BackendError(f"no backend serves {Problem.of(op, x, groups)}: " + "; ".join(f"{b}: {r}" for b, r in refused))
 
 
 def status() -> list[tuple[str, bool, str]]:

@@ -20,6 +20,10 @@ class FusionError(ModelError):
     """A network that ``fastres.fuse`` can't turn into a fused one. The message says which part and what to do."""
 
 
+class CompileError(UserError, RuntimeError):
+    """A network that ``fastres.compile`` can't turn into a plan. The message names the layer, what it does and what to do."""
+
+
 class InputError(UserError, ValueError):
     """A tensor of the wrong shape, dtype or device."""
 

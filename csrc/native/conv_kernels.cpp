@@ -1,6 +1,7 @@
 // Compiled once per instruction set, as kernels.cpp: the convolution kernels it has, in the order of preference where nothing was measured.
 #include "../../kernels/conv/cpu_amx.h"
 #include "../../kernels/conv/cpu_direct.h"
+#include "../../kernels/conv/cpu_weight_gradient.h"
 
 namespace fastres::FASTRES_ISA {
 namespace {
@@ -15,6 +16,10 @@ const ConvKernel* const list[] = {
 }  // namespace
 
 extern const ConvKernels conv_kernels;
-const ConvKernels conv_kernels = {list, sizeof list / sizeof *list};
+#if defined(__AMX_BF16__)
+const ConvKernels conv_kernels = {list, sizeof list / sizeof *list, &weight_gradient};
+#else
+const ConvKernels conv_kernels = {list, sizeof list / sizeof *list, nullptr};
+#endif
 
 }  // namespace fastres::FASTRES_ISA

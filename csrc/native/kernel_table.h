@@ -3,6 +3,7 @@
 
 #include "../../kernels/common/cpu_problems.h"
 #include "../../kernels/conv/cpu_conv.h"
+#include "../../kernels/plan_steps/plan_problems.h"
 
 namespace fastres {
 
@@ -18,6 +19,10 @@ struct KernelTable {
                     float* out);
   void (*channel_stats_backward)(const ChannelStatsBackward&, int64_t begin, int64_t end);
   const ConvKernels& conv;
+  void (*map_input)(const MapInput&, int64_t begin, int64_t end);
+  void (*map_max_pool)(const MapPool&, int64_t begin, int64_t end);
+  void (*map_mean_pool)(const MapPool&, int64_t begin, int64_t end);
+  void (*map_place)(const MapPlace&, int64_t begin, int64_t end);
 };
 
 }  // namespace fastres

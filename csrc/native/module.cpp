@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "../plan/bindings.h"
 #include "cpu.h"
 
 namespace py = pybind11;
@@ -11,6 +12,9 @@ PYBIND11_MODULE(_native, m) {
   m.def("isa", [] { return fastres::isa().name; }, "The instruction set in use; empty when FASTRES_ISA can't be honoured.");
   m.def("isa_error", [] { return fastres::isa().error; }, "Why FASTRES_ISA can't be honoured, or an empty string.");
   m.def("isa_supported", [] { return fastres::isa().supported; }, "Instruction sets that this build has and this CPU runs, lowest first.");
+  m.def(
+      "has_weight_gradient", [] { return fastres::kernels().conv.weight_gradient != nullptr; },
+      "Whether the instruction set in use has a kernel for weight gradients.");
   m.def(
       "build_facts",
       [] {
@@ -22,4 +26,5 @@ PYBIND11_MODULE(_native, m) {
         return facts;
       },
       "What the library was built from and with.");
+  fastres::bind_plan(m);
 }

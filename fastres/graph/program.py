@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from fastres.inference.automatic import planned
+
 _numbers = count()
 _BUILTIN = {"inf": math.inf, "nan": math.nan, "NoneType": type(None), "torch": torch, "device": torch.device}
 
@@ -72,15 +74,15 @@ class FusedNetwork(nn.Module):
 
 def fused_class(base: type[nn.Module], programs: tuple[Program, ...]) -> type[FusedNetwork]:
     """A subclass of ``base`` whose forward is the program; with two programs, those of training and evaluation."""
-    functions = [program.compile() for program in programs]
-    forward = functions[0]
-    if len(functions) == 2:
-        in_training, in_evaluation = functions
+    in_training = programs[0].compile()
+    in_evaluation = in_training if len(programs) == 1 else programs[1].compile()
 
-        def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            return (in_training if self.training else in_evaluation)(self, *args, **kwargs)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if len(args) == 1 and not kwargs and (result := planned(self, args[0])) is not None:
+            return result
+        return (in_training if self.training else in_evaluation)(self, *args, **kwargs)
 
-        forward.__signature__ = inspect.signature(in_training)  # type: ignore[attr-defined]
+    forward.__signature__ = inspect.signature(in_training)  # type: ignore[attr-defined]
     bases = (FusedNetwork,) if base is nn.Module else (FusedNetwork, base)
     body = {"forward": forward, "_fastres_base": base, "_fastres_programs": programs, "__module__": __name__}
     body["__doc__"] = f"{base.__name__} with fused layers."

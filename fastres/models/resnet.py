@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastres.errors import ModelError
+from fastres.inference.automatic import planned
 from fastres.nn.blocks import BasicBlock, Bottleneck, Memory, Shortcut
 from fastres.nn.functional import (
     channels_last,
@@ -80,6 +81,8 @@ class _ResidualNetwork(Network):
             InputError: wrong shape, dtype or device. ValueError: one value per channel in training, as PyTorch.
         """
         self.check_input(x)
+        if self.fused and (result := planned(self, x)) is not None:
+            return result
         x = self.stem(channels_last(x) if self.fused else x)
         for name in self.stages:
             x = getattr(self, name)(x)

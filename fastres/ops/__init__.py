@@ -22,6 +22,12 @@ def _register() -> None:
                 for suffix, _ in schema.extra:
                     name = op_name(op, backend, suffix)
                     LIBRARY.impl(name, getattr(module, suffix), "CompositeExplicitAutograd")
+            elif backend == "native" and op in ("conv_stats", "conv_act"):  # put together in Python from native helpers
+                module = import_module(f"fastres.kernels.{op}.native")
+                for suffix in ("forward", "backward"):
+                    if hasattr(module, suffix):
+                        name = op_name(op, backend, "" if suffix == "forward" else suffix)
+                        LIBRARY.impl(name, getattr(module, suffix), "CPU")
             _register_rules(op, backend, tuple(suffix for suffix, _ in schema.extra))
     for name in HELPERS:
         torch.library.register_fake(f"fastres::{name}", getattr(fakes, name), lib=LIBRARY)

@@ -15,6 +15,10 @@ _OPTIONAL = "Tensor? {0}scale, Tensor? {0}center, Tensor? {0}shift"
 _POINT = f"Tensor y, {_COEFFICIENTS.format('')}, Tensor? residual, {_OPTIONAL.format('res_')}, bool relu"
 _CONV = "int[2] stride, int[2] padding, int[2] dilation, int groups"
 _POOL = "bool relu, int kernel, int stride, int padding"
+_GRADIENT = (
+    "Tensor grad_y, Tensor y, Tensor? mean, Tensor? grad_mean, Tensor? grad_var, Tensor x, Tensor weight,"
+    f" {_OPTIONAL.format('')}, bool relu, {_CONV}"
+)
 
 
 class OpSchema(NamedTuple):
@@ -33,7 +37,7 @@ OPS: dict[str, OpSchema] = {
         backward="(Tensor? grad_y, Tensor? grad_mean, Tensor? grad_var, Tensor x, Tensor weight, Tensor y, Tensor mean,"
         f" {_OPTIONAL.format('')}, bool relu, {_CONV}, bool need_input, bool need_weight)"
         " -> (Tensor grad_x, Tensor grad_weight, Tensor grad_scale, Tensor grad_shift)",
-        backends=("reference", "library"),
+        backends=("reference", "library", "native"),
     ),
     "scale_shift_act": OpSchema(
         forward=f"({_POINT}) -> Tensor",
@@ -63,6 +67,11 @@ HELPERS: dict[str, str] = {
     # writes grad_y over grad
     "scale_shift_act_backward_native_": f"(Tensor(a!) grad, Tensor y, {_COEFFICIENTS.format('')}, bool relu)"
     " -> (Tensor grad_scale, Tensor grad_shift)",
+    # the convolution engine: forward with prologue and statistics, and the two gradients with the statistics' share and the prologue
+    "conv_forward_native": f"(Tensor x, Tensor weight, {_OPTIONAL.format('')}, bool relu, {_CONV}, bool stats)"
+    " -> (Tensor y, Tensor mean, Tensor var)",
+    "conv_input_gradient_native": f"({_GRADIENT}) -> (Tensor grad_x, Tensor grad_scale, Tensor grad_shift)",
+    "conv_weight_gradient_native": f"({_GRADIENT}) -> Tensor",
     "channel_stats_native": "(Tensor y) -> (Tensor mean, Tensor var)",
     "channel_stats_backward_native": "(Tensor? grad_y, Tensor y, Tensor mean, Tensor? grad_mean, Tensor? grad_var)"
     " -> Tensor",

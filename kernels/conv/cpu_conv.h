@@ -71,9 +71,29 @@ struct ConvKernel {
   void (*run)(const Conv&, int64_t begin, int64_t end, void* scratch);
 };
 
+// The gradient of the weights of conv(prologue(x), w): input is the forward's problem (shape, x and prologue), gradient describes grad_y
+// with the share of the statistics as something that is read (x: grad_y; raw, mean, offset, slope; shape.in_channels: K).
+struct WeightGradient {
+  Conv input;
+  Conv gradient;
+};
+
+struct WeightGradientKernel {
+  const char* name;
+  const char* (*refusal)(const WeightGradient&);
+  int64_t (*scratch_bytes)(const WeightGradient&);  // per thread, as for ConvKernel
+  int64_t (*tasks)(const WeightGradient&);
+  int64_t (*groups)(const WeightGradient&);  // partial sums that tasks write to, each of `elements` floats
+  int64_t (*elements)(const WeightGradient&);
+  void (*run)(const WeightGradient&, int64_t task, void* scratch, float* partial);
+  // dw float [K, C, R, S], output channels [begin, end).
+  void (*finish)(const WeightGradient&, const float* partial, float* dw, int64_t begin, int64_t end);
+};
+
 struct ConvKernels {
   const ConvKernel* const* list;  // in order of preference where nothing was measured
   int64_t count;
+  const WeightGradientKernel* weight_gradient;  // or null: this instruction set has none
 };
 
 static inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }

@@ -1,0 +1,261 @@
+// What training needs of the convolution engine: conv_forward_native, conv_input_gradient_native and conv_weight_gradient_native. The
+// schemas are in fastres/ops/schemas.py; kernels/conv_stats/native.py puts them together.
+#include <atomic>
+#include <cmath>
+#include <tuple>
+#include <vector>
+
+#include "conv.h"
+#include "conv_problem.h"
+
+namespace fastres {
+namespace {
+
+using Ints = std::vector<int64_t>;
+
+std::optional<AffineTensors> check_prologue(const Checker& c, const OptionalTensor& scale, const OptionalTensor& center,
+                                            const OptionalTensor& shift, const Tensor& x) {
+  const int given = scale.has_value() + center.has_value() + shift.has_value();
+  c.require(given == 0 || given == 3, "scale, center and shift must be given together, got ", given, " of 3");
+  if (given == 0) return std::nullopt;
+  return check_affine(c, "", *scale, *center, *shift, x);
+}
+
+void set_prologue(Conv& conv, const std::optional<AffineTensors>& affine, bool relu) {
+  if (!affine) return;
+  const Affine a = pointers(*affine);
+  conv.scale = a.scale;
+  conv.center = a.center;
+  conv.shift = a.shift;
+  conv.prologue_relu = relu;
+}
+
+// Merges the tasks' rows [tasks, 4, K] (count, pivot, sum, sum of squares) into mean and biased variance, by Chan's formula in double.
+void merge_stats(const std::vector<float>& rows, int64_t tasks, int64_t K, float* mean_out, float* var_out) {
+  torch::stable::parallel_for(0, K, 64, [&](int64_t begin, int64_t end) {
+    for (int64_t k = begin; k < end; ++k) {
+      double n = 0, mean = 0, m2 = 0;
+      for (int64_t t = 0; t < tasks; ++t) {
+        const float* row = rows.data() + t * 4 * K + k;
+        const double count = row[0], sum = row[2 * K];
+        if (count == 0) continue;
+        const double other = row[K] + sum / count, other_m2 = row[3 * K] - sum * sum / count;
+        const double delta = other - mean, total = n + count;
+        mean += delta * count / total;
+        m2 += std::fmax(other_m2, 0.0) + delta * delta * n * count / total;
+        if (!(other_m2 == other_m2)) m2 = other_m2;  // NaN stays
+        n = total;
+      }
+      mean_out[k] = static_cast<float>(n > 0 ? mean : std::nan(""));
+      var_out[k] = static_cast<float>(n > 0 ? m2 / n : std::nan(""));
+    }
+  });
+}
+
+std::tuple<Tensor, Tensor, Tensor> forward(Tensor x, Tensor weight, OptionalTensor scale, OptionalTensor center, OptionalTensor shift,
+                                           bool relu, Ints stride, Ints padding, Ints dilation, int64_t groups, bool stats) {
+  const Checker c{"fastres::conv_forward_native"};
+  const MemoryFormat format = format_of(x);
+  Conv conv = conv_of(c, x, weight, stride, padding, dilation, groups);
+  const auto affine = check_prologue(c, scale, center, shift, x);
+  x = dense(x, MemoryFormat::ChannelsLast);
+  set_prologue(conv, affine, relu);
+  const int64_t K = conv.shape.out_channels;
+  Tensor y = empty_as(x, out_sizes(conv.shape), x.scalar_type(), MemoryFormat::ChannelsLast);
+  Tensor mean = empty_vector(x, stats ? K : 0), var = empty_vector(x, stats ? K : 0);
+  conv.x = x.const_data_ptr();
+  conv.y = y.mutable_data_ptr();
+  std::vector<float> rows;
+  int64_t tasks = 0;
+  if (y.numel() != 0) {
+    float dummy = 0;
+    conv.stats = stats ? &dummy : nullptr;  // its presence is part of the problem
+    const ConvKernel& kernel = find_conv(conv);
+    tasks = kernel.tasks(conv);
+    if (stats) {
+      rows.assign(tasks * 4 * K, 0.0f);
+      conv.stats = rows.data();
+    }
+    const AlignedBuffer packed = packed_weights(kernel, conv, weight);
+    conv.weights = packed.get();
+    run_conv(kernel, conv);
+  }
+  if (stats) merge_stats(rows, tasks, K, mean.mutable_data_ptr<float>(), var.mutable_data_ptr<float>());
+  return {dense(y, format), mean, var};
+}
+
+// The gradient of y with the share of the statistics, as something that is read: g + offset + slope*(y - mean).
+struct Gradient {
+  Tensor g, y;
+  OptionalTensor mean;
+  std::vector<float> offset, slope;
+
+  Gradient(const Checker& c, Tensor grad_y, Tensor raw, const OptionalTensor& mean_, const OptionalTensor& grad_mean,
+           const OptionalTensor& grad_var) {
+    c.activation("grad_y", grad_y, kCpuTypes);
+    c.like("y", raw, grad_y);
+    g = dense(grad_y, MemoryFormat::ChannelsLast);
+    y = g;
+    if (!grad_mean && !grad_var) return;
+    c.require(mean_.has_value(), "grad_mean and grad_var need the mean, got none");
+    c.vector("mean", *mean_, grad_y);
+    mean = mean_;
+    y = dense(raw, MemoryFormat::ChannelsLast);
+    const int64_t K = g.size(1);
+    const double n = static_cast<double>(g.size(0)) * g.size(2) * g.size(3);
+    offset.assign(K, 0.0f);
+    slope.assign(K, 0.0f);
+    if (grad_mean) c.vector("grad_mean", *grad_mean, grad_y);
+    if (grad_var) c.vector("grad_var", *grad_var, grad_y);
+    for (int64_t k = 0; k < K; ++k) {
+      if (grad_mean) offset[k] = static_cast<float>(grad_mean->const_data_ptr<float>()[k] / n);
+      if (grad_var) slope[k] = static_cast<float>(2.0 * grad_var->const_data_ptr<float>()[k] / n);
+    }
+  }
+
+  void read_by(Conv& conv) const {
+    conv.x = g.const_data_ptr();
+    if (!mean) return;
+    conv.raw = y.const_data_ptr();
+    conv.mean = mean->const_data_ptr<float>();
+    conv.offset = offset.data();
+    conv.slope = slope.data();
+  }
+};
+
+// [K, C, R, S] to [C, K, R, S] with the taps reversed, float.
+std::vector<float> transposed_weights(const Tensor& weight) {
+  const Tensor wide = dense(torch::stable::to(weight, ScalarType::Float), MemoryFormat::Contiguous);
+  const float* w = static_cast<const float*>(wide.const_data_ptr());
+  const int64_t K = weight.size(0), C = weight.size(1), taps = weight.size(2) * weight.size(3);
+  std::vector<float> out(K * C * taps);
+  constexpr int64_t kBlock = 32;  // both sides of a block stay in the first cache
+  torch::stable::parallel_for(0, (C + kBlock - 1) / kBlock, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t c0 = begin * kBlock; c0 < min64(C, end * kBlock); c0 += kBlock) {
+      for (int64_t k0 = 0; k0 < K; k0 += kBlock) {
+        for (int64_t k = k0; k < min64(K, k0 + kBlock); ++k) {
+          for (int64_t c = c0; c < min64(C, c0 + kBlock); ++c) {
+            for (int64_t t = 0; t < taps; ++t) out[(c * K + k) * taps + taps - 1 - t] = w[(k * C + c) * taps + t];
+          }
+        }
+      }
+    }
+  });
+  return out;
+}
+
+std::tuple<Tensor, Tensor, Tensor> input_gradient(Tensor grad_y, Tensor y, OptionalTensor mean, OptionalTensor grad_mean,
+                                                  OptionalTensor grad_var, Tensor x, Tensor weight, OptionalTensor scale,
+                                                  OptionalTensor center, OptionalTensor shift, bool relu, Ints stride, Ints padding,
+                                                  Ints dilation, int64_t groups) {
+  const Checker c{"fastres::conv_input_gradient_native"};
+  const Conv given = conv_of(c, x, weight, stride, padding, dilation, groups);
+  const ConvShape& f = given.shape;
+  c.shaped("grad_y", grad_y, out_sizes(f));
+  c.require(f.stride_h == 1 && f.stride_w == 1 && groups == 1, "only stride 1 and one group are served, got stride [", f.stride_h, ", ",
+            f.stride_w, "] and ", groups, " groups");
+  const auto affine = check_prologue(c, scale, center, shift, x);
+  const Gradient gradient(c, grad_y, y, mean, grad_mean, grad_var);
+  const MemoryFormat format = format_of(x);
+  x = dense(x, MemoryFormat::ChannelsLast);
+
+  Conv conv = given;
+  conv.shape = {f.images,
+                f.out_height,
+                f.out_width,
+                f.out_channels,
+                f.height,
+                f.width,
+                f.in_channels,
+                f.kernel_h,
+                f.kernel_w,
+                1,
+                1,
+                f.dilation_h * (f.kernel_h - 1) - f.pad_h,
+                f.dilation_w * (f.kernel_w - 1) - f.pad_w,
+                f.dilation_h,
+                f.dilation_w,
+                1};
+  c.require(conv.shape.pad_h >= 0 && conv.shape.pad_w >= 0, "padding must not exceed dilation*(kernel - 1), got [", f.pad_h, ", ", f.pad_w,
+            "]");
+  gradient.read_by(conv);
+  Tensor dx = empty_as(x, {f.images, f.in_channels, f.height, f.width}, x.scalar_type(), MemoryFormat::ChannelsLast);
+  Tensor grad_scale = zero_vector(x, affine ? f.in_channels : 0), grad_shift = zero_vector(x, affine ? f.in_channels : 0);
+  if (dx.numel() == 0) return {dense(dx, format), grad_scale, grad_shift};
+  conv.y = dx.mutable_data_ptr();
+  float dummy = 0;
+  if (affine) {
+    const Affine a = pointers(*affine);
+    conv.pre = x.const_data_ptr();
+    conv.out_scale = a.scale;
+    conv.out_center = a.center;
+    conv.out_shift = a.shift;
+    conv.out_relu = relu;
+    conv.grad_sums = &dummy;
+  }
+  const ConvKernel& kernel = find_conv(conv);
+  const int64_t tasks = kernel.tasks(conv), C = f.in_channels;
+  std::vector<float> rows(affine ? tasks * 2 * C : 0, 0.0f);
+  if (affine) conv.grad_sums = rows.data();
+  AlignedBuffer packed(kernel.packed_bytes(conv.shape, conv.bfloat16));
+  pack_conv(kernel, conv.shape, conv.bfloat16, transposed_weights(weight).data(), packed.get());
+  conv.weights = packed.get();
+  run_conv(kernel, conv);
+  if (affine) {
+    float* out[2] = {grad_scale.mutable_data_ptr<float>(), grad_shift.mutable_data_ptr<float>()};
+    for (int64_t i = 0; i < 2; ++i) {
+      for (int64_t k = 0; k < C; ++k) {
+        double sum = 0;
+        for (int64_t t = 0; t < tasks; ++t) sum += rows[(t * 2 + i) * C + k];
+        out[i][k] = static_cast<float>(sum);
+      }
+    }
+  }
+  return {dense(dx, format), grad_scale, grad_shift};
+}
+
+Tensor weight_gradient(Tensor grad_y, Tensor y, OptionalTensor mean, OptionalTensor grad_mean, OptionalTensor grad_var, Tensor x,
+                       Tensor weight, OptionalTensor scale, OptionalTensor center, OptionalTensor shift, bool relu, Ints stride,
+                       Ints padding, Ints dilation, int64_t groups) {
+  const Checker c{"fastres::conv_weight_gradient_native"};
+  const WeightGradientKernel* kernel = kernels().conv.weight_gradient;
+  c.require(kernel != nullptr, "the instruction set ", isa().name, " has no kernel for weight gradients");
+  WeightGradient problem{conv_of(c, x, weight, stride, padding, dilation, groups), {}};
+  c.shaped("grad_y", grad_y, out_sizes(problem.input.shape));
+  const auto affine = check_prologue(c, scale, center, shift, x);
+  const Gradient gradient(c, grad_y, y, mean, grad_mean, grad_var);
+  x = dense(x, MemoryFormat::ChannelsLast);
+  problem.input.x = x.const_data_ptr();
+  set_prologue(problem.input, affine, relu);
+  problem.gradient.shape.in_channels = problem.input.shape.out_channels;
+  gradient.read_by(problem.gradient);
+  const char* reason = kernel->refusal(problem);
+  if (reason != nullptr) c.require(false, "not served: ", reason);
+
+  const std::array<int64_t, 4> sizes{weight.size(0), weight.size(1), weight.size(2), weight.size(3)};
+  Tensor dw = empty_as(x, sizes, ScalarType::Float, MemoryFormat::Contiguous);
+  const MemoryFormat format = format_of(weight);
+  if (dw.numel() == 0 || grad_y.numel() == 0) return dense(torch::stable::to(torch::stable::zero_(dw), x.scalar_type()), format);
+  const AlignedBuffer partial(kernel->elements(problem) * kernel->groups(problem) * sizeof(float));
+  const int64_t tasks = kernel->tasks(problem), bytes = kernel->scratch_bytes(problem);
+  std::atomic<int64_t> next{0};
+  torch::stable::parallel_for(0, min64(problem.input.threads, tasks), 1, [&](int64_t, int64_t) {
+    for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) {
+      kernel->run(problem, task, thread_scratch(bytes), static_cast<float*>(partial.get()));
+    }
+  });
+  float* out = dw.mutable_data_ptr<float>();
+  torch::stable::parallel_for(0, sizes[0], 8, [&](int64_t begin, int64_t end) {
+    kernel->finish(problem, static_cast<const float*>(partial.get()), out, begin, end);
+  });
+  return dense(torch::stable::to(dw, x.scalar_type()), format);
+}
+
+}  // namespace
+}  // namespace fastres
+
+STABLE_TORCH_LIBRARY_IMPL(fastres, CPU, m) {
+  m.impl("conv_forward_native", TORCH_BOX(&fastres::forward));
+  m.impl("conv_input_gradient_native", TORCH_BOX(&fastres::input_gradient));
+  m.impl("conv_weight_gradient_native", TORCH_BOX(&fastres::weight_gradient));
+}
