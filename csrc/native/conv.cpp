@@ -17,13 +17,26 @@ AlignedBuffer::AlignedBuffer(size_t bytes) : bytes_((bytes + 63) / 64 * 64) {
 
 void AlignedBuffer::Free::operator()(void* p) const { std::free(p); }
 
-void* thread_scratch(size_t bytes) {
-  static thread_local AlignedBuffer buffer;
+namespace {
+
+void* grown(AlignedBuffer& buffer, size_t bytes) {
   if (buffer.bytes() < bytes) {
     buffer = AlignedBuffer();  // the old one goes first
     buffer = AlignedBuffer(bytes);
   }
   return buffer.get();
+}
+
+}  // namespace
+
+void* thread_scratch(size_t bytes) {
+  static thread_local AlignedBuffer buffer;
+  return grown(buffer, bytes);
+}
+
+void* weight_scratch(size_t bytes) {
+  static thread_local AlignedBuffer buffer;
+  return grown(buffer, bytes);
 }
 
 const ConvKernel& find_conv(const Conv& conv, const std::string& name) {
@@ -41,7 +54,7 @@ const ConvKernel& find_conv(const Conv& conv, const std::string& name) {
   throw std::runtime_error("no convolution kernel serves this problem (" + reasons + ")");
 }
 
-void pack_conv(const ConvKernel& kernel, const ConvShape& shape, bool bfloat16, const float* weight, void* packed) {
+void pack_conv(const ConvKernel& kernel, const ConvShape& shape, bool bfloat16, const WeightView& weight, void* packed) {
   torch::stable::parallel_for(0, kernel.pack_items(shape, bfloat16), 1,
                               [&](int64_t begin, int64_t end) { kernel.pack(shape, bfloat16, weight, packed, begin, end); });
 }

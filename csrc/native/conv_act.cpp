@@ -29,8 +29,8 @@ Tensor forward(Tensor x, Tensor weight, OptionalTensor bias, OptionalTensor resi
   conv.y = y.mutable_data_ptr();
   if (y.numel() != 0) {
     const ConvKernel& kernel = find_conv(conv);
-    const AlignedBuffer packed = packed_weights(kernel, conv, weight);
-    conv.weights = packed.get();
+    const FloatWeights wide = float_weights(weight);
+    conv.weights = packed_weights(kernel, conv, wide.view);
     run_conv(kernel, conv);
   }
   return dense(y, format);

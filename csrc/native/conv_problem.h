@@ -77,11 +77,27 @@ inline std::vector<float> wide_vector(const Checker& c, const char* name, const 
   return out;
 }
 
-// The weights [K, C/groups, R, S] of any layout, packed for the kernel.
-inline AlignedBuffer packed_weights(const ConvKernel& kernel, const Conv& conv, const Tensor& weight) {
-  AlignedBuffer packed(kernel.packed_bytes(conv.shape, conv.bfloat16));
-  const Tensor wide = dense(torch::stable::to(weight, ScalarType::Float), MemoryFormat::Contiguous);
-  pack_conv(kernel, conv.shape, conv.bfloat16, static_cast<const float*>(wide.const_data_ptr()), packed.get());
+// Weights [K, C/groups, R, S] as float in the layout they have (contiguous or channels_last), and how to read them.
+struct FloatWeights {
+  Tensor tensor;
+  WeightView view;
+};
+
+inline WeightView weight_view(const Tensor& t, float* data) {
+  const int64_t taps = t.size(2) * t.size(3), C = t.size(1);
+  if (format_of(t) == MemoryFormat::ChannelsLast) return {data, C * taps, 1, C, false};
+  return {data, C * taps, taps, 1, false};
+}
+
+inline FloatWeights float_weights(const Tensor& weight) {
+  const Tensor t = dense(torch::stable::to(weight, ScalarType::Float), format_of(weight));
+  return {t, weight_view(t, static_cast<float*>(const_cast<void*>(t.const_data_ptr())))};
+}
+
+// The weights of `view` packed for the kernel, in this thread's own memory: good until its next call.
+inline const void* packed_weights(const ConvKernel& kernel, const Conv& conv, const WeightView& view) {
+  void* packed = weight_scratch(kernel.packed_bytes(conv.shape, conv.bfloat16));
+  pack_conv(kernel, conv.shape, conv.bfloat16, view, packed);
   return packed;
 }
 

@@ -76,8 +76,8 @@ std::tuple<Tensor, Tensor, Tensor> forward(Tensor x, Tensor weight, OptionalTens
       rows.assign(tasks * 4 * K, 0.0f);
       conv.stats = rows.data();
     }
-    const AlignedBuffer packed = packed_weights(kernel, conv, weight);
-    conv.weights = packed.get();
+    const FloatWeights wide = float_weights(weight);
+    conv.weights = packed_weights(kernel, conv, wide.view);
     run_conv(kernel, conv);
   }
   if (stats) merge_stats(rows, tasks, K, mean.mutable_data_ptr<float>(), var.mutable_data_ptr<float>());
@@ -122,27 +122,6 @@ struct Gradient {
     conv.slope = slope.data();
   }
 };
-
-// [K, C, R, S] to [C, K, R, S] with the taps reversed, float.
-std::vector<float> transposed_weights(const Tensor& weight) {
-  const Tensor wide = dense(torch::stable::to(weight, ScalarType::Float), MemoryFormat::Contiguous);
-  const float* w = static_cast<const float*>(wide.const_data_ptr());
-  const int64_t K = weight.size(0), C = weight.size(1), taps = weight.size(2) * weight.size(3);
-  std::vector<float> out(K * C * taps);
-  constexpr int64_t kBlock = 32;  // both sides of a block stay in the first cache
-  torch::stable::parallel_for(0, (C + kBlock - 1) / kBlock, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t c0 = begin * kBlock; c0 < min64(C, end * kBlock); c0 += kBlock) {
-      for (int64_t k0 = 0; k0 < K; k0 += kBlock) {
-        for (int64_t k = k0; k < min64(K, k0 + kBlock); ++k) {
-          for (int64_t c = c0; c < min64(C, c0 + kBlock); ++c) {
-            for (int64_t t = 0; t < taps; ++t) out[(c * K + k) * taps + taps - 1 - t] = w[(k * C + c) * taps + t];
-          }
-        }
-      }
-    }
-  });
-  return out;
-}
 
 std::tuple<Tensor, Tensor, Tensor> input_gradient(Tensor grad_y, Tensor y, OptionalTensor mean, OptionalTensor grad_mean,
                                                   OptionalTensor grad_var, Tensor x, Tensor weight, OptionalTensor scale,
@@ -197,9 +176,9 @@ std::tuple<Tensor, Tensor, Tensor> input_gradient(Tensor grad_y, Tensor y, Optio
   const int64_t tasks = kernel.tasks(conv), C = f.in_channels;
   std::vector<float> rows(affine ? tasks * 2 * C : 0, 0.0f);
   if (affine) conv.grad_sums = rows.data();
-  AlignedBuffer packed(kernel.packed_bytes(conv.shape, conv.bfloat16));
-  pack_conv(kernel, conv.shape, conv.bfloat16, transposed_weights(weight).data(), packed.get());
-  conv.weights = packed.get();
+  const FloatWeights wide = float_weights(weight);
+  const WeightView& w = wide.view;
+  conv.weights = packed_weights(kernel, conv, {w.data, w.in, w.out, w.tap_stride, true});
   run_conv(kernel, conv);
   if (affine) {
     float* out[2] = {grad_scale.mutable_data_ptr<float>(), grad_shift.mutable_data_ptr<float>()};
@@ -233,21 +212,20 @@ Tensor weight_gradient(Tensor grad_y, Tensor y, OptionalTensor mean, OptionalTen
   if (reason != nullptr) c.require(false, "not served: ", reason);
 
   const std::array<int64_t, 4> sizes{weight.size(0), weight.size(1), weight.size(2), weight.size(3)};
-  Tensor dw = empty_as(x, sizes, ScalarType::Float, MemoryFormat::Contiguous);
   const MemoryFormat format = format_of(weight);
+  Tensor dw = empty_as(x, sizes, ScalarType::Float, format);
   if (dw.numel() == 0 || grad_y.numel() == 0) return dense(torch::stable::to(torch::stable::zero_(dw), x.scalar_type()), format);
-  const AlignedBuffer partial(kernel->elements(problem) * kernel->groups(problem) * sizeof(float));
+  float* partial = static_cast<float*>(weight_scratch(kernel->elements(problem) * kernel->groups(problem) * sizeof(float)));
   const int64_t tasks = kernel->tasks(problem), bytes = kernel->scratch_bytes(problem);
   std::atomic<int64_t> next{0};
   torch::stable::parallel_for(0, min64(problem.input.threads, tasks), 1, [&](int64_t, int64_t) {
     for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) {
-      kernel->run(problem, task, thread_scratch(bytes), static_cast<float*>(partial.get()));
+      kernel->run(problem, task, thread_scratch(bytes), partial);
     }
   });
-  float* out = dw.mutable_data_ptr<float>();
-  torch::stable::parallel_for(0, sizes[0], 8, [&](int64_t begin, int64_t end) {
-    kernel->finish(problem, static_cast<const float*>(partial.get()), out, begin, end);
-  });
+  const WeightView out = weight_view(dw, dw.mutable_data_ptr<float>());
+  torch::stable::parallel_for(0, (sizes[0] + 31) / 32, 1,
+                              [&](int64_t begin, int64_t end) { kernel->finish(problem, partial, out, begin, end); });
   return dense(torch::stable::to(dw, x.scalar_type()), format);
 }
 

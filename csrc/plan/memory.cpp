@@ -37,7 +37,7 @@ PackedWeights::PackedWeights(const std::string& kernel, const ConvShape& shape, 
   conv.threads = 1;
   kernel_ = &find_conv(conv, kernel);
   memory_ = Block(kernel_->packed_bytes(shape, bfloat16) + 256);
-  pack_conv(*kernel_, shape, bfloat16, weight, memory_.get());
+  pack_conv(*kernel_, shape, bfloat16, contiguous_weights(shape, weight), memory_.get());
 }
 
 bool PackedWeights::serves(const ConvKernel& kernel, const ConvShape& s, bool bfloat16) const {

@@ -298,9 +298,9 @@ FASTRES_INLINE void pack_weights(const float* x, int64_t planes, int64_t k, bf16
   }
 }
 
-inline void amx_pack(const ConvShape& s, bool bfloat16, const float* weight, void* packed, int64_t begin, int64_t end) {
+inline void amx_pack(const ConvShape& s, bool bfloat16, const WeightView& weight, void* packed, int64_t begin, int64_t end) {
   const Geometry g = amx_geometry(packing_problem(s, bfloat16));
-  const int64_t planes = bfloat16 ? 1 : 3, per_channel = s.in_channels * s.kernel_h * s.kernel_w, step = planes * 2 * kAmxTile;
+  const int64_t planes = bfloat16 ? 1 : 3, step = planes * 2 * kAmxTile;
   for (int64_t block = begin; block < end; ++block) {
     bf16* out = static_cast<bf16*>(packed) + block * amx_block_elements(g, planes);
     for (int64_t chunk = 0; chunk < g.chunks; ++chunk) {
@@ -309,7 +309,7 @@ inline void amx_pack(const ConvShape& s, bool bfloat16, const float* weight, voi
         for (int64_t k = 0; k < kAmxBlock; ++k) {
           const int64_t channel = block * kAmxBlock + k;
           alignas(64) float x[32] = {};
-          if (channel < s.out_channels) gather_weights(s, g, weight + channel * per_channel, chunk, i / run, i % run, 32, x);
+          if (channel < s.out_channels) gather_weights(s, g, weight, channel, chunk, i / run, i % run, 32, x);
           pack_weights(x, planes, k, out);
         }
       }

@@ -56,15 +56,28 @@ struct Conv {
   float* grad_sums;
 };
 
+// Weights as the caller holds them: element (k, c, tap) of [K, C/groups, R*S] is data[k*out + c*in + tap*tap_stride], with the taps
+// reversed for an input gradient. So contiguous, channels_last and transposed weights are packed from where they are.
+struct WeightView {
+  const float* data;
+  int64_t out, in, tap_stride;
+  bool reversed;
+};
+
+static inline WeightView contiguous_weights(const ConvShape& s, const float* data) {
+  const int64_t taps = s.kernel_h * s.kernel_w;
+  return {data, s.in_channels / s.groups * taps, taps, 1, false};
+}
+
 // One algorithm. All functions are pure: they may be called from any thread at once.
 struct ConvKernel {
   const char* name;
   // Null where the kernel serves the problem, else why it doesn't. Only the presence of pointers is looked at, not what they hold.
   const char* (*refusal)(const Conv&);
-  // Weights: packed size, and packing of float [K, C/groups, R, S] in independent items [begin, end) of pack_items.
+  // Weights: packed size, and packing in independent items [begin, end) of pack_items.
   int64_t (*packed_bytes)(const ConvShape&, bool bfloat16);
   int64_t (*pack_items)(const ConvShape&, bool bfloat16);
-  void (*pack)(const ConvShape&, bool bfloat16, const float* weight, void* packed, int64_t begin, int64_t end);
+  void (*pack)(const ConvShape&, bool bfloat16, const WeightView& weight, void* packed, int64_t begin, int64_t end);
   // The work: independent tasks, each run by one thread with its own scratch of scratch_bytes, 64-byte aligned, contents arbitrary.
   int64_t (*scratch_bytes)(const Conv&);
   int64_t (*tasks)(const Conv&);
@@ -86,8 +99,8 @@ struct WeightGradientKernel {
   int64_t (*groups)(const WeightGradient&);  // partial sums that tasks write to, each of `elements` floats
   int64_t (*elements)(const WeightGradient&);
   void (*run)(const WeightGradient&, int64_t task, void* scratch, float* partial);
-  // dw float [K, C, R, S], output channels [begin, end).
-  void (*finish)(const WeightGradient&, const float* partial, float* dw, int64_t begin, int64_t end);
+  // The partial sums of all groups, added in order, to where `dw` says (not reversed); blocks of 32 output channels [begin, end).
+  void (*finish)(const WeightGradient&, const float* partial, const WeightView& dw, int64_t begin, int64_t end);
 };
 
 struct ConvKernels {

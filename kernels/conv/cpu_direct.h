@@ -188,17 +188,24 @@ inline const char* direct_refusal(const Conv& c) {
   return nullptr;
 }
 
-// Elements [i, i + n) of run r of a chunk, for one output channel's weights [C, R, S]: zeros behind the last.
-FASTRES_INLINE void gather_weights(const ConvShape& s, const Geometry& g, const float* weight, int64_t chunk, int64_t run, int64_t i,
-                                   int64_t n, float* out) {
+// Elements [i, i + n) of run r of a chunk, for output channel k: zeros behind the last.
+FASTRES_INLINE void gather_weights(const ConvShape& s, const Geometry& g, const WeightView& weight, int64_t k, int64_t chunk, int64_t run,
+                                   int64_t i, int64_t n, float* out) {
   const int64_t taps = s.kernel_h * s.kernel_w, C = s.in_channels;
+  const float* from = weight.data + k * weight.out;
+  const auto tap_at = [&](int64_t tap) { return (weight.reversed ? taps - 1 - tap : tap) * weight.tap_stride; };
   if (g.columns) {  // i = tap*C + c
-    for (int64_t k = 0; k < n; ++k) out[k] = i + k < taps * C ? weight[(i + k) % C * taps + (i + k) / C] : 0.0f;
-  } else {
-    const int64_t first = chunk_first(g, chunk) + i, present = max64(0, min64(n, chunk_last(g, chunk) - first));
-    for (int64_t k = 0; k < present; ++k) out[k] = weight[(first + k) * taps + run];
-    for (int64_t k = present; k < n; ++k) out[k] = 0.0f;
+    for (int64_t j = 0; j < n; ++j) out[j] = i + j < taps * C ? from[(i + j) % C * weight.in + tap_at((i + j) / C)] : 0.0f;
+    return;
   }
+  const int64_t first = chunk_first(g, chunk) + i, present = max64(0, min64(n, chunk_last(g, chunk) - first));
+  from += tap_at(run) + first * weight.in;
+  if (weight.in == 1) {
+    for (int64_t j = 0; j < present; ++j) out[j] = from[j];
+  } else {
+    for (int64_t j = 0; j < present; ++j) out[j] = from[j * weight.in];
+  }
+  for (int64_t j = present; j < n; ++j) out[j] = 0.0f;
 }
 
 FASTRES_INLINE Conv packing_problem(const ConvShape& s, bool bfloat16) {
@@ -216,15 +223,15 @@ inline int64_t direct_packed_bytes(const ConvShape& s, bool bfloat16) {
 
 inline int64_t direct_pack_items(const ConvShape& s, bool) { return ceil_div(s.out_channels, kDirectBlock); }
 
-inline void direct_pack(const ConvShape& s, bool bfloat16, const float* weight, void* packed, int64_t begin, int64_t end) {
+inline void direct_pack(const ConvShape& s, bool bfloat16, const WeightView& weight, void* packed, int64_t begin, int64_t end) {
   const Geometry g = direct_geometry(packing_problem(s, bfloat16));
-  const int64_t per_channel = s.in_channels * s.kernel_h * s.kernel_w, depth = pairs_for(bfloat16) ? 2 : 1;
+  const int64_t depth = pairs_for(bfloat16) ? 2 : 1;
   for (int64_t k = begin * kDirectBlock; k < end * kDirectBlock; ++k) {
     for (int64_t r = 0; r < g.runs; ++r) {
       const int64_t to = (k / kDirectBlock * g.runs + r) * g.run * kDirectBlock + k % kDirectBlock * depth;
       for (int64_t i = 0; i < g.run; i += depth) {
         float x[2] = {};
-        if (k < s.out_channels) gather_weights(s, g, weight + k * per_channel, 0, r, i, depth, x);
+        if (k < s.out_channels) gather_weights(s, g, weight, k, 0, r, i, depth, x);
         for (int64_t d = 0; d < depth; ++d) {
           const int64_t at = to + i * kDirectBlock + d;
           if (depth == 2) {

@@ -334,18 +334,26 @@ inline void weight_gradient_run(const WeightGradient& p, int64_t task, void* scr
   _tile_release();
 }
 
-// Output channels [begin, end) of dw [K, C, R, S]: the partial sums of all groups, added in order.
-inline void weight_gradient_finish(const WeightGradient& p, const float* partial, float* dw, int64_t begin, int64_t end) {
+// Where dw goes: 32 x 32 channels at a time, so that both sides stay in the first cache.
+inline void weight_gradient_finish(const WeightGradient& p, const float* partial, const WeightView& dw, int64_t begin, int64_t end) {
   const GradientCut cut = gradient_cut(p);
   const ConvShape& s = cut.g.s;
   const int64_t taps = s.kernel_h * s.kernel_w, c_blocks = ceil_div(s.in_channels, 32), elements = gradient_elements(cut);
-  for (int64_t k = begin; k < end; ++k) {
-    for (int64_t c = 0; c < s.in_channels; ++c) {
+  float* out = const_cast<float*>(dw.data);
+  for (int64_t block = begin; block < end; ++block) {
+    const int64_t k_last = min64(32, s.out_channels - block * 32);
+    for (int64_t c_block = 0; c_block < c_blocks; ++c_block) {
+      const int64_t c_last = min64(32, s.in_channels - c_block * 32);
       for (int64_t tap = 0; tap < taps; ++tap) {
-        const float* from = partial + ((k / 32 * taps + tap) * c_blocks + c / 32) * 1024 + c % 32 * 32 + k % 32;
-        float sum = 0;
-        for (int64_t group = 0; group < cut.groups; ++group) sum += from[group * elements];
-        dw[(k * s.in_channels + c) * taps + tap] = sum;
+        const float* from = partial + ((block * taps + tap) * c_blocks + c_block) * 1024;
+        for (int64_t k = 0; k < k_last; ++k) {
+          float* to = out + (block * 32 + k) * dw.out + c_block * 32 * dw.in + tap * dw.tap_stride;
+          for (int64_t c = 0; c < c_last; ++c) {
+            float sum = 0;
+            for (int64_t group = 0; group < cut.groups; ++group) sum += from[group * elements + c * 32 + k];
+            to[c * dw.in] = sum;
+          }
+        }
       }
     }
   }
