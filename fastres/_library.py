@@ -20,6 +20,7 @@ _PACKAGE = Path(__file__).parent
 _NOT_LOADED = "fastres._library.load() has not run"
 _errors: dict[str, str | None] = {"native": _NOT_LOADED, "cuda": _NOT_LOADED}
 _native: ModuleType | None = None
+_isa: str | None = None
 
 
 @cache
@@ -43,13 +44,14 @@ def _first_line(error: BaseException) -> str:
 
 
 def _load_native() -> str | None:
-    global _native
+    global _native, _isa
     if not any(_PACKAGE.glob("_native.*")):
         return _absent("native")
     try:
         _native = importlib.import_module("fastres._native")
     except Exception as error:  # whatever a wrong binary raises: importing fastres must not fail
         return f"the native library did not load: {_first_line(error)}"
+    _isa = _native.isa() or None
     return _native.isa_error() or None
 
 
@@ -80,6 +82,11 @@ def cuda_error() -> str | None:
     return _errors["cuda"]
 
 
+def isa() -> str | None:
+    """The instruction set of the CPU kernels, or ``None`` without them. Read once, at load: torch.compile traces this."""
+    return _isa
+
+
 def has_weight_gradient() -> bool:
     """Whether the convolution engine computes weight gradients on this CPU."""
     return _native is not None and _errors["native"] is None and _native.has_weight_gradient()
@@ -102,7 +109,7 @@ def build_info() -> dict[str, Any]:
         "native_error": _errors["native"],
         "cuda": _errors["cuda"] is None,
         "cuda_error": _errors["cuda"],
-        "isa": (_native.isa() or None) if _native is not None else None,
+        "isa": _isa,
         "isa_supported": _native.isa_supported() if _native is not None else [],
         "compiler": native.get("compiler"),
         "build_type": native.get("build_type"),

@@ -111,7 +111,7 @@ def use_backend(name: str) -> Iterator[None]:
 def preference(op: str, device: str) -> tuple[str, ...]:
     """The backends ``auto`` tries for ``op``, in order, where no measurement says otherwise."""
     order = PREFERENCE.get(device, _ANY_DEVICE)
-    if op in _CONVS and device == "cpu" and _library.build_info()["isa"] not in _ENGINE_FIRST:
+    if op in _CONVS and device == "cpu" and _library.isa() not in _ENGINE_FIRST:
         order = ("library", "native", "reference")
     return order
 

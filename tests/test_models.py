@@ -288,7 +288,7 @@ def test_deepcopy_pickle_and_whole_module_save():
             assert torch.equal(again(x), expected)
             again.conv1.weight.mul_(2)
             assert not torch.equal(again(x), expected)
-        assert torch.equal(model(x), expected)
+        torch.testing.assert_close(model(x), expected)  # by the plan from the second call on
 
 
 def test_bfloat16_model_runs_and_is_close():

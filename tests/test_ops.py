@@ -7,7 +7,7 @@ from cases import CONVS, DTYPES, LAYOUTS, MAPS, lay_out, random_map, random_vect
 from parity import assert_parity
 
 import fastres
-from fastres import backends, ops
+from fastres import _library, backends, ops
 from fastres.ops.schemas import HELPERS, OPS, overload
 
 CPU_BACKENDS = ("reference", "library", "native")
@@ -191,10 +191,13 @@ def test_opcheck_helpers():
     y = random_map((2, 17, 5, 5), torch.float32)
     mean, _ = torch.ops.fastres.channel_stats_native(y)
     utils = ("test_schema", "test_faketensor")
-    assert set(HELPERS) == {
+    assert set(HELPERS) >= {
         "scale_shift_act_backward_native_",
         "channel_stats_native",
         "channel_stats_backward_native",
+        "conv_forward_native",
+        "conv_input_gradient_native",
+        "conv_weight_gradient_native",
     }
     torch.library.opcheck(
         torch.ops.fastres.scale_shift_act_backward_native_.default,
@@ -204,6 +207,14 @@ def test_opcheck_helpers():
     torch.library.opcheck(torch.ops.fastres.channel_stats_native.default, (y,), test_utils=utils)
     args = (torch.randn_like(y), y, mean, torch.randn(17), torch.randn(17))
     torch.library.opcheck(torch.ops.fastres.channel_stats_backward_native.default, args, test_utils=utils)
+    weight, vectors, conv = torch.randn(8, 17, 3, 3), random_vectors(17, 3), ((1, 1), (1, 1), (1, 1), 1)
+    args = (y, weight, *vectors, True, *conv, True)
+    torch.library.opcheck(torch.ops.fastres.conv_forward_native.default, args, test_utils=utils)
+    out, mean, _ = torch.ops.fastres.conv_forward_native(*args)
+    args = (torch.randn_like(out), out, mean, torch.randn(8), torch.randn(8), y, weight, *vectors, True, *conv)
+    torch.library.opcheck(torch.ops.fastres.conv_input_gradient_native.default, args, test_utils=utils)
+    if _library.has_weight_gradient():
+        torch.library.opcheck(torch.ops.fastres.conv_weight_gradient_native.default, args, test_utils=utils)
 
 
 @pytest.mark.parametrize(("op", "backend"), [(op, b) for op in OPS for b in backends_of(op)])
@@ -315,7 +326,7 @@ class TestErrors:
             ops.scale_shift_act(self.x.double(), v, v, v)
         with fastres.use_backend("cuda"), pytest.raises(RuntimeError, match="runs on cuda tensors, not on cpu"):
             ops.scale_shift_act(self.x, *[torch.ones(4)] * 3)
-        with fastres.use_backend("native"):  # native has no conv_act: the request does not concern it
+        with fastres.use_backend("cuda"):  # cuda has no conv_act: the request does not concern it
             ops.conv_act(self.x, self.weight)
         monkeypatch.setattr(backends, "_environment_backend", "bogus")
         with pytest.raises(RuntimeError, match="FASTRES_BACKEND: unknown backend 'bogus'"):

@@ -1,4 +1,5 @@
-// conv_act_native; the schema is in fastres/ops/schemas.py.
+// conv_act_native, and conv_kernel_native: the same by one named kernel, for tests and tuning. The schemas are in fastres/ops/schemas.py.
+#include <string>
 #include <vector>
 
 #include "conv.h"
@@ -7,9 +8,11 @@
 namespace fastres {
 namespace {
 
-Tensor forward(Tensor x, Tensor weight, OptionalTensor bias, OptionalTensor residual, bool relu, std::vector<int64_t> stride,
-               std::vector<int64_t> padding, std::vector<int64_t> dilation, int64_t groups) {
-  const Checker c{"fastres::conv_act_native"};
+using Ints = std::vector<int64_t>;
+
+// An empty kernel name asks for the preferred one.
+Tensor run(const Checker& c, const std::string& name, Tensor x, const Tensor& weight, const OptionalTensor& bias, OptionalTensor residual,
+           bool relu, const Ints& stride, const Ints& padding, const Ints& dilation, int64_t groups) {
   const MemoryFormat format = format_of(x);
   Conv conv = conv_of(c, x, weight, stride, padding, dilation, groups);
   x = dense(x, MemoryFormat::ChannelsLast);
@@ -28,7 +31,7 @@ Tensor forward(Tensor x, Tensor weight, OptionalTensor bias, OptionalTensor resi
   conv.relu = relu;
   conv.y = y.mutable_data_ptr();
   if (y.numel() != 0) {
-    const ConvKernel& kernel = find_conv(conv);
+    const ConvKernel& kernel = find_conv(conv, name);
     const FloatWeights wide = float_weights(weight);
     conv.weights = packed_weights(kernel, conv, wide.view);
     run_conv(kernel, conv);
@@ -36,7 +39,20 @@ Tensor forward(Tensor x, Tensor weight, OptionalTensor bias, OptionalTensor resi
   return dense(y, format);
 }
 
+Tensor forward(Tensor x, Tensor weight, OptionalTensor bias, OptionalTensor residual, bool relu, Ints stride, Ints padding, Ints dilation,
+               int64_t groups) {
+  return run({"fastres::conv_act_native"}, "", x, weight, bias, residual, relu, stride, padding, dilation, groups);
+}
+
+Tensor by_kernel(std::string kernel, Tensor x, Tensor weight, OptionalTensor bias, OptionalTensor residual, bool relu, Ints stride,
+                 Ints padding, Ints dilation, int64_t groups) {
+  return run({"fastres::conv_kernel_native"}, kernel, x, weight, bias, residual, relu, stride, padding, dilation, groups);
+}
+
 }  // namespace
 }  // namespace fastres
 
-STABLE_TORCH_LIBRARY_IMPL(fastres, CPU, m) { m.impl("conv_act_native", TORCH_BOX(&fastres::forward)); }
+STABLE_TORCH_LIBRARY_IMPL(fastres, CPU, m) {
+  m.impl("conv_act_native", TORCH_BOX(&fastres::forward));
+  m.impl("conv_kernel_native", TORCH_BOX(&fastres::by_kernel));
+}

@@ -67,11 +67,14 @@ HELPERS: dict[str, str] = {
     # writes grad_y over grad
     "scale_shift_act_backward_native_": f"(Tensor(a!) grad, Tensor y, {_COEFFICIENTS.format('')}, bool relu)"
     " -> (Tensor grad_scale, Tensor grad_shift)",
-    # the convolution engine: forward with prologue and statistics, and the two gradients with the statistics' share and the prologue
+    # the convolution engine: forward with prologue and statistics, and the two gradients with the statistics' share
     "conv_forward_native": f"(Tensor x, Tensor weight, {_OPTIONAL.format('')}, bool relu, {_CONV}, bool stats)"
     " -> (Tensor y, Tensor mean, Tensor var)",
     "conv_input_gradient_native": f"({_GRADIENT}) -> (Tensor grad_x, Tensor grad_scale, Tensor grad_shift)",
     "conv_weight_gradient_native": f"({_GRADIENT}) -> Tensor",
+    # conv_act_native by the kernel of that name, for tests and tuning
+    "conv_kernel_native": "(str kernel, Tensor x, Tensor weight, Tensor? bias, Tensor? residual, bool relu,"
+    f" {_CONV}) -> Tensor",
     "channel_stats_native": "(Tensor y) -> (Tensor mean, Tensor var)",
     "channel_stats_backward_native": "(Tensor? grad_y, Tensor y, Tensor mean, Tensor? grad_mean, Tensor? grad_var)"
     " -> Tensor",
