@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from .explanation import explain
     from .fusion import fuse
     from .inference import CompiledNetwork, compile
+    from .tuner import tune
 
 __all__ = [
     "CompiledNetwork",
@@ -51,10 +52,17 @@ __all__ = [
     "resnet152",
     "scale_shift_act",
     "scale_shift_act_pool",
+    "tune",
     "use_backend",
 ]
 
-_LAZY = {"CompiledNetwork": "inference", "compile": "inference", "explain": "explanation", "fuse": "fusion"}
+_LAZY = {
+    "CompiledNetwork": "inference",
+    "compile": "inference",
+    "explain": "explanation",
+    "fuse": "fusion",
+    "tune": "tuner",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -97,7 +97,8 @@ def build_info() -> dict[str, Any]:
 
     Returns:
         ``version`` (str); ``native``, ``cuda`` (bool: usable) with ``native_error``, ``cuda_error`` (str or None);
-        ``isa`` (``"amx"``, ``"avx512_bf16"``, ``"avx512"``, ``"avx2"``, ``"baseline"`` or None) and ``isa_supported`` (list, lowest first);
+        ``isa`` (``"amx"``, ``"avx512_bf16"``, ``"avx512"``, ``"avx2"``, ``"baseline"`` or None) and ``isa_supported``
+        (list, lowest first);
         ``compiler``, ``build_type``, ``torch_built_with`` (str or None), ``torch_running`` (str);
         ``cuda_archs`` (list of str) and ``cuda_compiler`` (str or None).
     """

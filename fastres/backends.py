@@ -7,15 +7,15 @@ request (``use_backend`` or ``FASTRES_BACKEND``) holds for every op that has the
 
 import difflib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastres import _library
+from fastres import _library, tuning
 from fastres.errors import BackendError
 from fastres.ops.schemas import BACKENDS, OPS
 
@@ -27,13 +27,23 @@ PREFERENCE: dict[str, tuple[str, ...]] = {
 }
 _ANY_DEVICE = ("library", "reference")
 _CONVS = ("conv_stats", "conv_act")
-# Where nothing was measured, the convolution engine is preferred to the library on the instruction sets where it was found faster.
+# Where nothing was measured, the convolution engine comes before the library on instruction sets where it was faster.
 _ENGINE_FIRST = ("amx",)
 _DTYPES: dict[str, tuple[torch.dtype, ...]] = {
     "native": (torch.float32, torch.bfloat16),
     "cuda": (torch.float32, torch.float16, torch.bfloat16),
 }
 _DEVICE_OF = {"native": "cpu", "cuda": "cuda"}
+
+
+class Geometry(NamedTuple):
+    """A convolution's weights [K, C/groups, R, S], and how they move."""
+
+    weight: Sequence[int]
+    stride: Sequence[int]
+    padding: Sequence[int]
+    dilation: Sequence[int]
+    groups: int
 
 
 @dataclass(frozen=True)
@@ -44,11 +54,19 @@ class Problem:
     device: str
     dtype: torch.dtype
     shape: tuple[int, ...]
-    groups: int = 1
+    conv: "Geometry | None" = None
 
     @classmethod
-    def of(cls, op: str, x: Tensor, groups: int = 1) -> "Problem":
-        return cls(op, x.device.type, x.dtype, tuple(x.shape), groups)
+    def of(cls, op: str, x: Tensor, conv: "Geometry | None" = None) -> "Problem":
+        return cls(op, x.device.type, x.dtype, tuple(x.shape), conv)
+
+    @property
+    def groups(self) -> int:
+        return 1 if self.conv is None else self.conv.groups
+
+    def key(self) -> str | None:
+        """What :mod:`fastres.tuning` calls this convolution; ``None`` for other ops."""
+        return None if self.conv is None else tuning.key(self.op, self.dtype, self.shape, *self.conv)
 
     def __str__(self) -> str:
         return f"{self.op} on {self.device}, {str(self.dtype).removeprefix('torch.')}, shape {list(self.shape)}"
@@ -108,46 +126,53 @@ def use_backend(name: str) -> Iterator[None]:
         _forced.pop()
 
 
-def preference(op: str, device: str) -> tuple[str, ...]:
-    """The backends ``auto`` tries for ``op``, in order, where no measurement says otherwise."""
+def preference(problem: Problem) -> tuple[str, ...]:
+    """The backends ``auto`` tries, in order: what ``fastres tune`` found fastest here, then a fixed order."""
+    op, device = problem.op, problem.device
     order = PREFERENCE.get(device, _ANY_DEVICE)
+    if op in _CONVS and device == "cpu" and not torch.compiler.is_compiling():
+        measured = tuning.choice(problem.key() or "")
+        if measured in order:
+            return (measured, *(b for b in order if b != measured))
     if op in _CONVS and device == "cpu" and _library.isa() not in _ENGINE_FIRST:
         order = ("library", "native", "reference")
     return order
 
 
-def select(op: str, x: Tensor, groups: int = 1) -> Choice:
-    """The backend for ``op`` on tensors like ``x``, for convolutions with so many groups.
+def select(op: str, x: Tensor, conv: Geometry | None = None) -> Choice:
+    """The backend for ``op`` on tensors like ``x``; convolutions say their geometry.
 
     Raises:
         BackendError: an explicitly requested backend has the op but can't serve the problem, or nobody can.
     """
     device, dtype = x.device.type, x.dtype
+    groups = 1 if conv is None else conv.groups
     want = requested()
     if want != AUTO and want in OPS[op].backends:
         reason = refusal(want, op, device, dtype, groups)
         if reason is not None:
             usable = [b for b in OPS[op].backends if refusal(b, op, device, dtype, groups) is None]
             raise BackendError(
-                f"backend {want!r} was requested but can't serve {Problem.of(op, x, groups)}: {reason}. "
+                f"backend {want!r} was requested but can't serve {Problem.of(op, x, conv)}: {reason}. "
                 f"Usable here: {', '.join(usable) or 'none'}."
             )
         choice = Choice(want)
     else:
-        choice = _first_that_serves(op, x, groups)
+        choice = _first_that_serves(op, x, conv)
     if _recorder is not None:
-        _recorder.add(Problem.of(op, x, groups), choice)
+        _recorder.add(Problem.of(op, x, conv), choice)
     return choice
 
 
-def _first_that_serves(op: str, x: Tensor, groups: int) -> Choice:
+def _first_that_serves(op: str, x: Tensor, conv: Geometry | None) -> Choice:
     refused: list[tuple[str, str]] = []
-    for backend in preference(op, x.device.type):
+    groups = 1 if conv is None else conv.groups
+    for backend in preference(Problem.of(op, x, conv)):
         reason = refusal(backend, op, x.device.type, x.dtype, groups)
         if reason is None:
             return Choice(backend, tuple(refused))
         refused.append((backend, reason))
-    raise BackendError(f"no backend serves {Problem.of(op, x, groups)}: " + "; ".join(f"{b}: {r}" for b, r in refused))
+    raise BackendError(f"no backend serves {Problem.of(op, x, conv)}: " + "; ".join(f"{b}: {r}" for b, r in refused))
 
 
 def status() -> list[tuple[str, bool, str]]:

@@ -1,6 +1,7 @@
 // Compiled once per instruction set, as kernels.cpp: the convolution kernels it has, in the order of preference where nothing was measured.
 #include "../../kernels/conv/cpu_amx.h"
 #include "../../kernels/conv/cpu_direct.h"
+#include "../../kernels/conv/cpu_grouped.h"
 #include "../../kernels/conv/cpu_weight_gradient.h"
 
 namespace fastres::FASTRES_ISA {
@@ -11,6 +12,7 @@ const ConvKernel* const list[] = {
     &amx,
 #endif
     &direct,
+    &grouped,
 };
 
 }  // namespace

@@ -10,12 +10,13 @@ from typing import NoReturn
 
 from jsonargparse import ArgumentParser, Namespace
 
-from fastres.cli import bench, doctor, evaluate, explain, models, plot, train
+from fastres.cli import bench, doctor, evaluate, explain, models, plot, train, tune
 
 COMMANDS = {
     "train": (train, "train a network on a data set"),
     "eval": (evaluate, "evaluate a checkpoint, or a network with given weights"),
     "bench": (bench, "compare a fused network with its plain PyTorch reference"),
+    "tune": (tune, "measure which kernel computes each layer fastest here, and use it"),
     "explain": (explain, "show which backend each layer takes, and why"),
     "models": (models, "list the networks"),
     "doctor": (doctor, "show what was built and found here, and check every op on every backend"),

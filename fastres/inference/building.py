@@ -1,5 +1,6 @@
 """From a fused graph to a native plan."""
 
+import contextlib
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastres import tuning
 from fastres.errors import CompileError
 
 from .folding import Layer, folded, layer_key, native, norm_of
@@ -38,6 +40,9 @@ class Built:
     output: tuple[int, ...]
     flat: bool
     layers: set[Any]  # keys of the layers it uses
+    problems: dict[
+        str, tuple[str, tuple[str, ...]]
+    ]  # of each convolution: what tuning calls it, the kernels that serve it
 
 
 class Builder:
@@ -54,6 +59,7 @@ class Builder:
         self.flat: dict[Value, tuple[int, ...]] = {}  # vectors that lie in the order H, W, C: their map's shape
         self.memo: dict[Constant, Tensor] = {}
         self.used: set[Any] = set()
+        self.problems: dict[str, tuple[str, tuple[str, ...]]] = {}
         self.kernels = dict(options.kernels)
 
     def build(self) -> Built:
@@ -75,7 +81,7 @@ class Builder:
         output = self.graph.output
         self.plan.finish(self.ids[output])
         shape = self.flat.get(output, output.shape)
-        return Built(self.plan, self.images, shape, output in self.flat, self.used)
+        return Built(self.plan, self.images, shape, output in self.flat, self.used, self.problems)
 
     def add_conv(self, node: Node) -> int:
         return self._convolution(node, node.inputs[0].shape, node.output.shape, None)
@@ -98,7 +104,15 @@ class Builder:
             facts.get("padding", (0, 0)), facts.get("dilation", (1, 1)), facts.get("groups", 1),
         )  # fmt: skip
         residual = -1 if node.residual is None else self.ids[node.residual]
-        wanted = self.kernels.get(node.name, "")
+        problem = tuning.key(
+            "plan", torch.bfloat16 if self.bfloat16 else torch.float32, (self.images, *x), (y[0], *kernel_size),
+            facts.get("stride", (1, 1)), facts.get("padding", (0, 0)), facts.get("dilation", (1, 1)),
+            facts.get("groups", 1),
+        )  # fmt: skip
+        serving = self._serving(shape, linear, node.relu, residual >= 0)
+        self.problems[node.name] = (problem, serving)
+        measured = tuning.choice(problem)
+        wanted = self.kernels.get(node.name) or (measured if measured in serving else "")
         kernel = self.plan.kernel_for(shape, linear, node.relu, residual >= 0, wanted)
         if kernel not in layer.packed:
             if weight is None:
@@ -109,6 +123,14 @@ class Builder:
             node.name, self.ids[node.inputs[0]], shape, linear, node.relu, residual, layer.packed[kernel],
             layer.bias.data_ptr(),
         )  # fmt: skip
+
+    def _serving(self, shape: Any, linear: bool, relu: bool, residual: bool) -> tuple[str, ...]:
+        """The kernels that serve a convolution."""
+        found = []
+        for name in native().conv_kernels():
+            with contextlib.suppress(RuntimeError):  # the kernel's refusal
+                found.append(self.plan.kernel_for(shape, linear, relu, residual, name))
+        return tuple(found)
 
     def _kernel_size(self, node: Node) -> tuple[int, int]:
         shape = node.facts["weight"].evaluate(self.memo).shape

@@ -230,16 +230,18 @@ class CompiledNetwork:
         """What the plan for ``x`` (default: the example) does, step by step in the order of execution.
 
         Each has ``name``, ``op``, ``kernel`` (convolutions), ``input`` and ``output`` (C, H, W), ``flops``,
-        ``activation_bytes`` (read and written), ``weight_bytes``, ``by_image``, ``relu``, ``residual``.
+        ``activation_bytes`` (read and written), ``weight_bytes``, ``by_image``, ``relu``, ``residual``; convolutions also
+        ``problem`` (its name in :mod:`fastres.tuning`) and ``candidates`` (the kernels that serve it).
         """
-        return [{k: v for k, v in step.items() if k != "seconds"} for step in self._built(x).plan.steps()]
+        built = self._built(x)
+        return [_described(built, {k: v for k, v in step.items() if k != "seconds"}) for step in built.plan.steps()]
 
     def profile(self, x: Tensor | None = None, repeats: int = 20) -> list[dict[str, Any]]:
         """As :meth:`steps`, with the median ``seconds`` of each step run on all images by all threads."""
         x = torch.zeros(self._example, dtype=self._engine.dtype) if x is None else x
         built = self._built(x)
         y = torch.empty((built.images, *built.output), dtype=x.dtype)
-        return built.plan.profile(x.data_ptr(), x.stride(), y.data_ptr(), repeats)
+        return [_described(built, step) for step in built.plan.profile(x.data_ptr(), x.stride(), y.data_ptr(), repeats)]
 
     def memory(self) -> dict[str, Any]:
         """Bytes of ``weights`` (packed, shared by all plans), and for each plan's shape the ``arena`` of one call and
@@ -268,6 +270,11 @@ class CompiledNetwork:
             f"CompiledNetwork({self._name}, {_text(self._engine.dtype)}, plans for {shapes}; weights "
             f"{report['weights'] / 2**20:.1f} MiB, largest arena {arena / 2**20:.1f} MiB)"
         )
+
+
+def _described(built: Built, step: dict[str, Any]) -> dict[str, Any]:
+    problem, candidates = built.problems.get(step["name"], (None, ()))
+    return {**step, "problem": problem, "candidates": candidates} if step["op"] in ("conv", "linear") else step
 
 
 def _text(dtype: torch.dtype) -> str:

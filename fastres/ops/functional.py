@@ -98,10 +98,9 @@ def conv_stats(
     x, weight = _autocast(x, weight)  # type: ignore[assignment]
     _check_conv("conv_stats", x, weight, groups)
     _check_vectors("conv_stats", x, x.shape[1], scale=scale, center=center, shift=shift)
-    backend = backends.select("conv_stats", x, groups).backend
-    return overload("conv_stats", backend)(
-        x, weight, scale, center, shift, relu, _pair(stride), _pair(padding), _pair(dilation), groups, stats
-    )
+    conv = backends.Geometry(tuple(weight.shape), _pair(stride), _pair(padding), _pair(dilation), groups)
+    backend = backends.select("conv_stats", x, conv).backend
+    return overload("conv_stats", backend)(x, weight, scale, center, shift, relu, *conv[1:], stats)
 
 
 def scale_shift_act(
@@ -236,5 +235,6 @@ def conv_act(
             raise InputError(
                 f"conv_act: residual is {residual.dtype} on {residual.device}, input {x.dtype} on {x.device}"
             )
-    backend = backends.select("conv_act", x, groups).backend
+    conv = backends.Geometry(tuple(weight.shape), stride, padding, dilation, groups)
+    backend = backends.select("conv_act", x, conv).backend
     return overload("conv_act", backend)(x, weight, bias, residual, relu, stride, padding, dilation, groups)
