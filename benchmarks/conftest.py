@@ -93,6 +93,13 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         terminalreporter.section("bytes saved for backward, as a share of torchvision's")
         for row in kept:
             terminalreporter.write_line(f"{row['case']:<22} {row['saved_bytes']:>12,}  {row['share']:.3f}")
+    peers = [row for row in rows if row["suite"] == "peers"]
+    if peers:
+        from fastres.evaluate.peers.table import text_tables
+
+        terminalreporter.section("fastres plans against other runtimes")
+        for line in text_tables(peers):
+            terminalreporter.write_line(line)
     if rows and config.getoption("--save-results"):
         for path in record.save(rows, {"full": bool(config.getoption("--full"))}):
             terminalreporter.write_line(f"wrote {path.relative_to(record.ROOT)}")

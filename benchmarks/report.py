@@ -14,7 +14,10 @@ from benchmarks.record import ROOT, Row
 
 README = ROOT / "README.md"
 PLOT = ROOT / "docs" / "images" / "benchmarks.svg"
+PEERS_PLOT = ROOT / "docs" / "images" / "peers.svg"
 BEGIN, END = "<!-- benchmarks: written by python -m benchmarks.report -->", "<!-- end of benchmarks -->"
+PEERS_BEGIN, PEERS_END = "<!-- peers: written by python -m benchmarks.report -->", "<!-- end of peers -->"
+NOTHING = "No results are stored yet."
 EAGER, COMPILED = "eager channels_last", "torch.compile, channels_last"
 
 
@@ -27,6 +30,7 @@ def main() -> int:
     old = README.read_text(encoding="utf-8")
     try:
         new = with_figures(old, render())
+        new = with_figures(new, section("peers", peers_table) or NOTHING, PEERS_BEGIN, PEERS_END)
     except ValueError as error:
         print(f"README.md: {error}", file=sys.stderr)
         return 1
@@ -36,20 +40,26 @@ def main() -> int:
         return int(new != old)
     README.write_text(new, encoding="utf-8")
     draw()
-    print(f"wrote {README.relative_to(ROOT)} and {PLOT.relative_to(ROOT)}")
+    plots = [PLOT]
+    if peers := record.load("peers"):
+        from fastres.evaluate.peers.plot import draw as draw_peers
+
+        draw_peers(peers["rows"], PEERS_PLOT)
+        plots.append(PEERS_PLOT)
+    print(f"wrote {', '.join(str(path.relative_to(ROOT)) for path in (README, *plots))}")
     return 0
 
 
-def with_figures(text: str, figures: str) -> str:
-    """The README with ``figures`` between the markers.
+def with_figures(text: str, figures: str, begin: str = BEGIN, end: str = END) -> str:
+    """The README with ``figures`` between the markers ``begin`` and ``end``.
 
     Raises:
         ValueError: the markers are not there exactly once, in order.
     """
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise ValueError(f"expected {BEGIN!r} and then {END!r}, once each")
-    before, rest = text.split(BEGIN)
-    return f"{before}{BEGIN}\n{figures}\n{END}{rest.split(END)[1]}"
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise ValueError(f"expected {begin!r} and then {end!r}, once each")
+    before, rest = text.split(begin)
+    return f"{before}{begin}\n{figures}\n{end}{rest.split(end)[1]}"
 
 
 def render() -> str:
@@ -59,7 +69,7 @@ def render() -> str:
         for suite, table in (("models", models_table), ("memory", memory_table), ("ops", ops_table))
         if (text := section(suite, table)) is not None
     ]
-    return "\n\n".join(parts) if parts else "No results are stored yet."
+    return "\n\n".join(parts) if parts else NOTHING
 
 
 def section(suite: str, table: Callable[[list[Row]], Iterator[str]]) -> str | None:
@@ -131,6 +141,15 @@ def ops_table(rows: list[Row]) -> Iterator[str]:
             shape = next((row["shape"].replace("x", "×") for row in pair if row), None)
             if shape:
                 yield f"| {name} | {backend} | {dtype} | {shape} | {ratio_text(pair[0])} | {ratio_text(pair[1])} |"
+
+
+def peers_table(rows: list[Row]) -> Iterator[str]:
+    from fastres.evaluate.peers.table import markdown
+
+    yield from markdown(rows)
+    if PEERS_PLOT.exists():
+        yield ""
+        yield "![Inference times of fastres and other runtimes](docs/images/peers.svg)"
 
 
 def draw() -> None:

@@ -2,6 +2,7 @@
 #include "../../kernels/conv/cpu_amx.h"
 #include "../../kernels/conv/cpu_direct.h"
 #include "../../kernels/conv/cpu_grouped.h"
+#include "../../kernels/conv/cpu_grouped_amx.h"
 #include "../../kernels/conv/cpu_weight_gradient.h"
 
 namespace fastres::FASTRES_ISA {
@@ -10,6 +11,7 @@ namespace {
 const ConvKernel* const list[] = {
 #if defined(__AMX_BF16__)
     &amx,
+    &grouped_amx,
 #endif
     &direct,
     &grouped,

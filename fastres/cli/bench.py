@@ -1,5 +1,5 @@
 """Compare a fused network with its plain PyTorch reference on random images, in one process and in turns. Parity is
-checked first: where it fails there is no figure."""
+checked first: where it fails there is no figure. With --peers: inference against other runtimes instead."""
 
 from __future__ import annotations
 
@@ -11,14 +11,16 @@ from typing import Any
 from jsonargparse import ArgumentParser, Namespace
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 
+from fastres.cli import peers
 from fastres.cli.options import add_machine, console
+from fastres.errors import UserError
 
 PARITY_BATCH = 2  # float64 is slow
 
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Declare the subcommand's arguments."""
-    parser.add_argument("model", type=str, help="a name that fastres models lists")
+    parser.add_argument("model", type=str, nargs="?", default=None, help="a name that fastres models lists")
     parser.add_argument("--batch-size", type=PositiveInt, default=16)
     parser.add_argument("--image-size", type=PositiveInt, default=None, help="side of the images (the network's own)")
     parser.add_argument("--mode", choices=["forward", "step", "both"], default="both", help="forward: inference")
@@ -27,10 +29,15 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--seed", type=NonNegativeInt, default=0)
     add_machine(parser)
     parser.add_argument("--json", type=str, default=None, metavar="FILE", help="write figures and machine there")
+    peers.add_arguments(parser)
 
 
 def run(options: Namespace) -> int:
     """Check, time and print; returns 1 if parity failed."""
+    if options.peers:
+        return peers.run(options)
+    if options.model is None:
+        raise UserError("bench needs a MODEL, or --peers for other runtimes; fastres models lists the networks")
     import torch
     from rich.table import Table
 

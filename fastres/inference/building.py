@@ -23,6 +23,7 @@ class Options:
     images_per_turn: int = 1
     arena_limit: int | None = None
     kernels: tuple[tuple[str, str], ...] = ()
+    dtype: torch.dtype | None = None
 
     def native(self) -> dict[str, int]:
         found = {"images_per_turn": self.images_per_turn, "arena_limit": self.arena_limit or 0}
@@ -40,6 +41,7 @@ class Built:
     output: tuple[int, ...]
     flat: bool
     layers: set[Any]  # keys of the layers it uses
+    dtype: torch.dtype
     problems: dict[
         str, tuple[str, tuple[str, ...]]
     ]  # of each convolution: what tuning calls it, the kernels that serve it
@@ -52,7 +54,7 @@ class Builder:
         self, graph: Graph, images: int, dtype: torch.dtype, options: Options, layers: dict[Any, Layer]
     ) -> None:
         self.graph, self.images, self.options, self.layers = graph, images, options, layers
-        self.bfloat16 = dtype == torch.bfloat16
+        self.dtype, self.bfloat16 = dtype, dtype == torch.bfloat16
         channels, height, width = graph.input.shape
         self.plan = native().Plan(self.bfloat16, images, channels, height, width, **options.native())
         self.ids: dict[Value, int] = {graph.input: 0}
@@ -81,7 +83,7 @@ class Builder:
         output = self.graph.output
         self.plan.finish(self.ids[output])
         shape = self.flat.get(output, output.shape)
-        return Built(self.plan, self.images, shape, output in self.flat, self.used, self.problems)
+        return Built(self.plan, self.images, shape, output in self.flat, self.used, self.dtype, self.problems)
 
     def add_conv(self, node: Node) -> int:
         return self._convolution(node, node.inputs[0].shape, node.output.shape, None)

@@ -64,6 +64,7 @@ class State:
 
     def __init__(self, model: nn.Module, dtype: torch.dtype, options: Options) -> None:
         self.model, self.dtype, self.options = ref(model), dtype, options
+        self.plan_dtype = options.dtype or dtype
         self.graphs: dict[tuple[int, ...], Graph] = {}
         self.outputs: dict[tuple[int, ...], tuple[int, ...]] = {}
         self.plans: OrderedDict[tuple[int, ...], Built] = OrderedDict()
@@ -100,7 +101,7 @@ class State:
         finite = expected.isfinite() & got.isfinite()
         a, b = got[finite].double(), expected[finite].double()
         difference = (a - b).norm().item() / max(b.norm().item(), 1e-30)
-        if difference > _TOLERANCE[self.dtype] or not torch.equal(got.isnan(), expected.isnan()):
+        if difference > _TOLERANCE[self.plan_dtype] or not torch.equal(got.isnan(), expected.isnan()):
             raise CompileError(
                 f"the plan gives other results than the network on the example (relative difference {difference:.2g}): its "
                 "forward depends on something that a recording can't hold, such as a value or a random number"
@@ -110,7 +111,7 @@ class State:
         """The plan for this [N, C, H, W], from the cache or new."""
         if shape not in self.plans:
             graph = self.graphs[shape[1:]]
-            built = Builder(graph, shape[0], self.dtype, self.options, self.layers).build()
+            built = Builder(graph, shape[0], self.plan_dtype, self.options, self.layers).build()
             self.outputs[shape[1:]] = built.output
             self.plans[shape] = built
             while len(self.plans) > _MOST_PLANS:
@@ -126,12 +127,14 @@ class State:
 
 
 def execute(built: Built, x: Tensor) -> Tensor:
-    """The plan's result for ``x``, a new tensor."""
+    """The plan's result for ``x``, a new tensor of its dtype."""
+    given, x = x.dtype, x.to(built.dtype)
     sizes = (built.images, *built.output)
     y = torch.empty(
         sizes, dtype=x.dtype, memory_format=torch.channels_last if len(sizes) == 4 else torch.contiguous_format
     )
     built.plan.run(x.data_ptr(), x.stride(), y.data_ptr())
+    y = y.to(given)
     return y.flatten(1) if built.flat else y
 
 
@@ -240,6 +243,7 @@ class CompiledNetwork:
         """As :meth:`steps`, with the median ``seconds`` of each step run on all images by all threads."""
         x = torch.zeros(self._example, dtype=self._engine.dtype) if x is None else x
         built = self._built(x)
+        x = x.to(built.dtype)
         y = torch.empty((built.images, *built.output), dtype=x.dtype)
         return [_described(built, step) for step in built.plan.profile(x.data_ptr(), x.stride(), y.data_ptr(), repeats)]
 
@@ -267,7 +271,7 @@ class CompiledNetwork:
         shapes = ", ".join("x".join(map(str, shape)) for shape in report["plans"])
         arena = max((p["arena"] for p in report["plans"].values()), default=0)
         return (
-            f"CompiledNetwork({self._name}, {_text(self._engine.dtype)}, plans for {shapes}; weights "
+            f"CompiledNetwork({self._name}, {_text(self._engine.state.plan_dtype)}, plans for {shapes}; weights "
             f"{report['weights'] / 2**20:.1f} MiB, largest arena {arena / 2**20:.1f} MiB)"
         )
 
@@ -289,6 +293,7 @@ def compile(
     images_per_turn: int = 1,
     arena_limit: int | None = None,
     kernels: dict[str, str] | None = None,
+    dtype: torch.dtype | None = None,
 ) -> CompiledNetwork:
     """Plans ``model`` for inputs like ``example``: BatchNorm folded, weights packed, one call into C++ for all layers.
 
@@ -302,12 +307,16 @@ def compile(
             every layer on all images at once. images_per_turn: images that a thread takes at a time there.
         arena_limit: bytes of activations that one call may need; more raises MemoryError.
         kernels: convolution kernels by layer name, for tuning; the others take the preferred one.
+        dtype: computes a float32 network in bfloat16 where that is given: weights are folded in float64 and rounded once,
+            more exactly than ``model.bfloat16()`` can; inputs and results stay float32.
 
     Raises:
         CompileError: training mode, hooks, a layer no step exists for, other results; the message says what to do.
         InputError: an example of a wrong shape, dtype or device. MemoryError: no memory for the activations.
     """
-    options = Options(depth_first_bytes, images_per_turn, arena_limit, tuple((kernels or {}).items()))
+    options = Options(depth_first_bytes, images_per_turn, arena_limit, tuple((kernels or {}).items()), dtype)
+    if dtype not in (None, *_DTYPES):
+        raise CompileError(f"a plan is in float32 or bfloat16, not in {_text(dtype)}")
     if images_per_turn < 1:
         raise InputError(f"images_per_turn must be at least 1, got {images_per_turn}")
     return CompiledNetwork(model, example, options)

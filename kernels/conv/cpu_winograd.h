@@ -1,9 +1,10 @@
 // Winograd convolution, 3x3 with stride 1: F(4x4, 3x3) in float, F(2x2, 3x3) in bf16 (see winograd.md).
 //
-// A task takes a block of output tiles and a range of output channels. It transforms the inputs of its tiles, all channels, into V; then
-// for each block of 2 vectors of output channels it multiplies V by the transformed weights at each of the 36 (16) points, and transforms
-// the sums M back, with bias, residual and ReLU on the way. V and M stay in the second cache: x and the residual are read once a task, the
-// weights once a block of tiles, y is written once.
+// A task takes a block of output tiles and a range of output channels. It transforms the inputs of its tiles into V; then for each block of
+// 2 vectors of output channels it multiplies V by the transformed weights at each of the 36 (16) points, and transforms the sums M back,
+// with bias, residual and ReLU on the way. V stays in the second cache: x and the residual are read once a task, the weights once a block
+// of tiles, y is written once. Weights come from far away when there are many, so a block has enough tiles to hide that; V of many
+// channels is then made in chunks, and the sums of all output channels wait in M for the next chunk.
 //
 // Output sizes are cut into tiles of 4 and a remainder, which gets a smaller tile with fewer points. The tiles of a block are ordered so
 // that those which have a point are neighbours: its product has no rows that are not needed.
@@ -16,7 +17,9 @@
 
 namespace fastres::FASTRES_ISA {
 
-constexpr int64_t kWinogradBudget = 1200 << 10;  // bytes of V, M and the weights that meet them
+constexpr int64_t kWinogradBudget = 1200 << 10;  // bytes of V
+constexpr int64_t kWinogradWeights = 640 << 10;  // weights of up to so many bytes stay in the second cache beside V and M
+constexpr int64_t kWinogradTiles = 48 / kDirectTile * kDirectTile;  // of a block, at most
 
 struct WinogradTile {
   int64_t image, row, col;  // of the first output
@@ -28,9 +31,10 @@ struct WinogradPlan {
   int64_t rows, cols;                                 // tiles of an image
   int64_t tiles, per_task;                            // of all images, of a block
   int64_t tile_blocks, splits;                        // tasks = tile_blocks * splits; a split is a range of blocks of output channels
-  int64_t blocks, words;                              // of output channels; words of K in one product
+  int64_t blocks, words;                              // of output channels; words of K of one product
+  int64_t chunk, chunks;                              // channels whose V is made at a time
   int64_t pixel, v_point;                             // elements of V from tile to tile, from point to point
-  int64_t m_point;                                    // floats of M from point to point
+  int64_t m_point, m_block;                           // floats of M from point to point, from block to block
   int64_t cells, zeros, prologue, list, v, m, bytes;  // scratch
 };
 
@@ -42,37 +46,52 @@ FASTRES_INLINE int winograd_side(int64_t at, int64_t size) {
   return left == 3 ? 5 : 4;
 }
 
+// `at` bytes or more that are an odd number of cache lines: neighbours don't meet in the same sets.
+FASTRES_INLINE int64_t odd_lines(int64_t bytes) { return (ceil_div(bytes, 64) | 1) * 64; }
+
+// The tile blocks and splits with the shortest estimated time. Per tile and vector of channels: the transform of the inputs costs about
+// as much as 5 products at all points, one for each of 5 vectors of output channels. Products with few tiles wait for their weights.
+template <class F>
+void choose_tasks(const Conv& c, bool small, WinogradPlan& p) {
+  const int64_t threads = max64(1, c.threads), at_least = max64(1, ceil_div(p.tiles, kWinogradTiles));
+  int64_t best = -1;
+  for (int64_t splits = 1; splits <= p.blocks && (splits == 1 || splits <= 2 * threads); splits *= 2) {
+    for (int64_t rounds = 1; rounds <= 4; rounds *= 2) {
+      const int64_t tile_blocks = max64(at_least, min64(p.tiles, ceil_div(rounds * threads, splits)));
+      const int64_t per_task = max64(1, ceil_div(p.tiles, tile_blocks));
+      const int64_t tasks = max64(1, ceil_div(p.tiles, per_task)) * splits;
+      const int64_t products = per_task + 2 * ceil_div(per_task, kDirectTile) + (small ? 0 : max64(0, 24 - per_task));
+      const int64_t time = ceil_div(tasks, threads) * (5 * per_task + ceil_div(p.blocks, splits) * 2 * products);
+      if (best >= 0 && time >= best) continue;
+      best = time;
+      p.per_task = per_task;
+      p.splits = splits;
+    }
+  }
+  p.tile_blocks = max64(1, ceil_div(p.tiles, p.per_task));
+  p.splits = ceil_div(p.blocks, ceil_div(p.blocks, p.splits));
+}
+
 template <class F, bool Pairs>
 WinogradPlan winograd_plan(const Conv& c) {
   using E = typename Product<Pairs>::Panel::Element;
   constexpr int64_t points = F::kIn * F::kIn, element = sizeof(E), depth = Product<Pairs>::kDepth;
   const ConvShape& s = c.shape;
-  const int64_t padded = round_up(s.in_channels, kWidth), activation = c.bfloat16 ? 2 : 4;
+  const int64_t activation = c.bfloat16 ? 2 : 4;
   WinogradPlan p;
   p.rows = ceil_div(s.out_height, F::kOut);
   p.cols = ceil_div(s.out_width, F::kOut);
   p.tiles = s.images * p.rows * p.cols;
   p.blocks = ceil_div(s.out_channels, kDirectBlock);
   p.words = ceil_div(s.in_channels, depth);
-  p.pixel = (padded * element / 64 | 1) * 64 / element;  // odd in cache lines: neighbours don't meet in the same sets
-  if (p.pixel < padded) p.pixel += 128 / element;
-  // Weights are reused across a block's tiles from the first cache; those of all points should stay beside V only where they are few.
-  const int64_t per_tile = points * (p.pixel * element + kDirectBlock * 4);
-  const int64_t weights = points * s.in_channels * round_up(s.out_channels, kDirectBlock) * element;
-  const int64_t room = weights <= kWinogradBudget / 2 ? kWinogradBudget - weights : kWinogradBudget;
-  int64_t most = max64(4, room / per_tile);
-  if (most > kDirectTile) most = most / kDirectTile * kDirectTile;
-  const int64_t wanted = c.threads > 1 ? 4 * c.threads : 1;
-  p.tile_blocks = max64(1, ceil_div(p.tiles, most));
-  // Smaller blocks first, as long as the products' tiles are full; then ranges of output channels.
-  if (p.tile_blocks < wanted) p.tile_blocks = max64(p.tile_blocks, min64(wanted, p.tiles / kDirectTile));
-  p.per_task = ceil_div(p.tiles, p.tile_blocks);
-  p.tile_blocks = max64(1, ceil_div(p.tiles, max64(1, p.per_task)));
-  p.splits = min64(p.blocks, ceil_div(wanted, p.tile_blocks));
-  p.splits = ceil_div(p.blocks, ceil_div(p.blocks, p.splits));
-  p.v_point = (p.per_task * p.pixel * element / 64 | 1) * 64 / element;
-  if (p.v_point < p.per_task * p.pixel) p.v_point += 128 / element;
-  p.m_point = p.per_task * kDirectBlock + 16;
+  choose_tasks<F>(c, points * s.in_channels * s.out_channels * element <= kWinogradWeights, p);
+  const int64_t unit = kWidth * depth, most = max64(1, kWinogradBudget / (points * p.per_task * element * unit)) * unit;
+  p.chunk = round_up(ceil_div(s.in_channels, ceil_div(s.in_channels, most)), unit);
+  p.chunks = ceil_div(s.in_channels, p.chunk);
+  p.pixel = odd_lines(p.chunk * element) / element;
+  p.v_point = odd_lines(p.per_task * p.pixel * element) / element;
+  p.m_point = odd_lines(p.per_task * kDirectBlock * 4) / 4;
+  p.m_block = points * p.m_point;
   int64_t at = 0;
   const auto take = [&at](int64_t bytes) {
     const int64_t here = at;
@@ -80,11 +99,11 @@ WinogradPlan winograd_plan(const Conv& c) {
     return here;
   };
   p.cells = take(2 * points * static_cast<int64_t>(sizeof(void*)));
-  p.zeros = take(padded * activation);
+  p.zeros = take(round_up(s.in_channels, kWidth) * activation);
   p.prologue = take(points * kVectorBytes);
   p.list = take(p.per_task * static_cast<int64_t>(sizeof(WinogradTile)));
-  p.v = take(points * p.v_point * element + kVectorBytes);
-  p.m = take(points * p.m_point * 4);
+  p.v = take(points * p.v_point * element);
+  p.m = take((p.chunks == 1 ? 1 : ceil_div(p.blocks, p.splits)) * p.m_block * 4);
   p.bytes = at;
   return p;
 }
@@ -133,45 +152,98 @@ __attribute__((noinline)) void gather_cells(const Conv& c, const T* const* cells
   }
 }
 
-// The inputs of one tile to V. cells: [2][points], scratch.
+// The inputs of one tile, channels [first, last), to V. cells: [2][points], scratch.
 template <class F, Reads R, class T, class E>
-void transform_input(const Conv& c, const WinogradPlan& p, const WinogradTile& t, const T** cells, const T* zeros, T* prologue, E* v) {
+void transform_input(const Conv& c, const WinogradPlan& p, const WinogradTile& t, int64_t first, int64_t last, const T** cells,
+                     const T* zeros, T* prologue, E* v) {
   const ConvShape& s = c.shape;
   const T* x = static_cast<const T*>(c.x) + t.image * s.height * s.width * s.in_channels;
   for (int r = 0; r < t.rows; ++r) {
-    const int64_t row = t.row + r - s.pad_h;
-    for (int q = 0; q < t.cols; ++q) {
-      const int64_t col = t.col + q - s.pad_w;
-      const bool inside = row >= 0 && row < s.height && col >= 0 && col < s.width;
-      cells[r * t.cols + q] = inside ? x + (row * s.width + col) * s.in_channels : zeros;
+    const int64_t row = t.row + r - s.pad_h, col = t.col - s.pad_w;
+    const bool row_inside = row >= 0 && row < s.height;
+    const T* from = x + (row * s.width + col) * s.in_channels;
+    for (int q = 0; q < t.cols; ++q, from += s.in_channels) {
+      cells[r * t.cols + q] = row_inside && col + q >= 0 && col + q < s.width ? from : zeros;
     }
   }
   const int points = t.rows * t.cols;
   const T** gathered = cells + F::kIn * F::kIn;
-  const int64_t whole = s.in_channels / kWidth;
   with_sides<F>(t.rows, t.cols, [&]<int rows, int cols>() {
-    if (R == Reads::plain) input_tile<F, rows, cols, T>(cells, whole, v, p.v_point);
-    int64_t i = R == Reads::plain ? whole : 0;
-    if (i * kWidth == s.in_channels) return;
-    for (int k = 0; k < points; ++k) gathered[k] = prologue + k * kWidth;
-    for (; i < whole; ++i) {
-      gather_cells<F, R, T, false>(c, cells, zeros, points, i * kWidth, prologue);
-      input_tile<F, rows, cols, T>(gathered, 1, v + i * kWidth, p.v_point);
+    int64_t i = first;
+    if (R == Reads::plain) {
+      const int64_t whole = (last - first) / kWidth;
+      input_tile<F, rows, cols, T>(cells, first, whole, v, p.v_point);
+      i += whole * kWidth;
     }
-    if (whole * kWidth == s.in_channels) return;
-    gather_cells<F, R, T, true>(c, cells, zeros, points, i * kWidth, prologue);
-    input_tile<F, rows, cols, T>(gathered, 1, v + i * kWidth, p.v_point);
+    if (i == last) return;
+    for (int k = 0; k < points; ++k) gathered[k] = prologue + k * kWidth;
+    for (; i + kWidth <= last; i += kWidth) {
+      gather_cells<F, R, T, false>(c, cells, zeros, points, i, prologue);
+      input_tile<F, rows, cols, T>(gathered, 0, 1, v + i - first, p.v_point);
+    }
+    if (i == last) return;
+    gather_cells<F, R, T, true>(c, cells, zeros, points, i, prologue);
+    input_tile<F, rows, cols, T>(gathered, 0, 1, v + i - first, p.v_point);
   });
+}
+
+// M tiles x 2 vectors of output channels in registers: v from tile to tile `stride` bytes, `words` of K. Adds to acc, or starts it.
+// The weights `ahead` floats from here are brought into the second cache meanwhile.
+template <bool Pairs, int M>
+__attribute__((noinline)) void winograd_products(const char* v, int64_t stride, int64_t words, const float* u, int64_t ahead, bool start,
+                                                 float* acc) {
+  using P = Product<Pairs>;
+  Vec sum[M][2] = {};
+  if (!start) {
+#pragma GCC unroll 16
+    for (int m = 0; m < M; ++m) {
+      load(acc + m * 2 * kWidth, &sum[m][0]);
+      load(acc + m * 2 * kWidth + kWidth, &sum[m][1]);
+    }
+  }
+  // Four tiles share a base address, so that few address registers are needed.
+  const int64_t stride3 = 3 * stride;
+  const char* base[(M + 3) / 4];
+  for (int i = 0; i < (M + 3) / 4; ++i) base[i] = v + 4 * i * stride;
+  for (int64_t k = 0; k < words; ++k) {
+    Vec w0, w1;
+    load(u, &w0);
+    load(u + kWidth, &w1);
+    __builtin_prefetch(u + ahead, 0, 2);
+    if constexpr (kVectorBytes == 64) __builtin_prefetch(u + ahead + kWidth, 0, 2);
+    u += 2 * kWidth;
+#pragma GCC unroll 16
+    for (int m = 0; m < M; ++m) {
+      const int64_t step = m % 4 == 0 ? 0 : m % 4 == 1 ? stride : m % 4 == 2 ? 2 * stride : stride3;
+      const Vec x = P::broadcast(base[m / 4] + step + 4 * k);
+      sum[m][0] = P::accumulate(x, w0, sum[m][0]);
+      sum[m][1] = P::accumulate(x, w1, sum[m][1]);
+    }
+  }
+#pragma GCC unroll 16
+  for (int m = 0; m < M; ++m) {
+    store(acc + m * 2 * kWidth, sum[m][0]);
+    store(acc + m * 2 * kWidth + kWidth, sum[m][1]);
+  }
+}
+
+template <bool Pairs, int M = kDirectTile, class... A>
+FASTRES_INLINE void winograd_any_products(int64_t count, A... a) {
+  if constexpr (M > 1) {
+    if (count < M) return winograd_any_products<Pairs, M - 1>(count, a...);
+  }
+  winograd_products<Pairs, M>(a...);
 }
 
 // The products at one point: tiles [first, last) of V and one block of weights, in pieces of equal size.
 template <bool Pairs, class E>
-FASTRES_INLINE void multiply_point(const WinogradPlan& p, const E* v, const float* u, int64_t first, int64_t last, float* m) {
-  const int64_t offset = 0, pieces = ceil_div(last - first, kDirectTile);
+FASTRES_INLINE void multiply_point(const WinogradPlan& p, const E* v, int64_t words, const float* u, int64_t first, int64_t last,
+                                   bool start, float* m) {
+  const int64_t pieces = ceil_div(last - first, kDirectTile);
   for (int64_t i = 0; i < pieces; ++i) {
     const int64_t count = ceil_div(last - first, pieces - i);
-    direct_any_tile<Pairs>(static_cast<int>(count), reinterpret_cast<const char*>(v + first * p.pixel),
-                           p.pixel * static_cast<int64_t>(sizeof(E)), &offset, 1, p.words, u, m + first * kDirectBlock);
+    winograd_any_products<Pairs>(count, reinterpret_cast<const char*>(v + first * p.pixel), p.pixel * static_cast<int64_t>(sizeof(E)),
+                                 words, u, i == 0 ? p.words * kDirectBlock : 0, start, m + first * kDirectBlock);
     first += count;
   }
 }
@@ -183,67 +255,101 @@ FASTRES_INLINE bool has_point(int i, int side) {
 }
 
 template <class F, class T, bool Pairs>
-void run_winograd(const Conv& c, int64_t begin, int64_t end, void* scratch) {
+struct WinogradTask {
   using E = typename Product<Pairs>::Panel::Element;
-  const ConvShape& s = c.shape;
-  const WinogradPlan p = winograd_plan<F, Pairs>(c);
-  char* base = static_cast<char*>(scratch);
-  const T** cells = reinterpret_cast<const T**>(base + p.cells);
-  T* zeros = reinterpret_cast<T*>(base + p.zeros);
-  T* prologue = reinterpret_cast<T*>(base + p.prologue);
-  E* v = reinterpret_cast<E*>(base + p.v);
-  float* m = reinterpret_cast<float*>(base + p.m);
-  WinogradList list{reinterpret_cast<WinogradTile*>(base + p.list), {}};
-  __builtin_memset(zeros, 0, round_up(s.in_channels, kWidth) * sizeof(T));
-  // The sides of the short tiles.
-  const int short_rows = winograd_side<F>((p.rows - 1) * F::kOut, s.out_height);
-  const int short_cols = winograd_side<F>((p.cols - 1) * F::kOut, s.out_width);
-  for (int64_t task = begin; task < end; ++task) {
-    const int64_t tile_block = task % p.tile_blocks, split = task / p.tile_blocks;
-    const int64_t first = tile_block * p.per_task, count = min64(p.per_task, p.tiles - first);
-    list_tiles<F>(s, p, first, first + count, list);
+  static constexpr int64_t kPoints = F::kIn * F::kIn;
+
+  const Conv& c;
+  const WinogradPlan& p;
+  const T** cells;
+  T* zeros;
+  T* prologue;
+  WinogradList list;
+  int64_t count;  // of tiles
+  E* v;           // [points][tiles][channels of a chunk]
+  float* m;       // [blocks, or one][points][tiles][block]
+
+  template <Reads R>
+  void transform_inputs(int64_t first, int64_t last) const {
+    for (int64_t t = 0; t < count; ++t) {
+      transform_input<F, R, T>(c, p, list.tiles[t], first, last, cells, zeros, prologue, v + t * p.pixel);
+    }
+  }
+
+  void multiply(int64_t block, int64_t first, int64_t last, float* sums) const {
+    constexpr int64_t depth = Product<Pairs>::kDepth;
+    // The sides of the short tiles.
+    const int short_rows = winograd_side<F>((p.rows - 1) * F::kOut, c.shape.out_height);
+    const int short_cols = winograd_side<F>((p.cols - 1) * F::kOut, c.shape.out_width);
+    const float* u = static_cast<const float*>(c.weights) + (block * kPoints * p.words + first / depth) * kDirectBlock;
+    for (int point = 0; point < kPoints; ++point, u += p.words * kDirectBlock) {
+      const bool all_rows = has_point<F>(point / F::kIn, short_rows), all_cols = has_point<F>(point % F::kIn, short_cols);
+      const int64_t from = all_cols ? 0 : list.ends[0];
+      const int64_t to = !all_rows ? list.ends[1] : all_cols ? count : list.ends[2];
+      multiply_point<Pairs>(p, v + point * p.v_point, ceil_div(last - first, depth), u, from, to, first == 0, sums + point * p.m_point);
+    }
+  }
+
+  void transform_outputs(int64_t block, const float* sums) const {
+    const ConvShape& s = c.shape;
+    const int64_t k0 = block * kDirectBlock, channels = min64(kDirectBlock, s.out_channels - k0);
+    Vec bias[2] = {};
+    for (int i = 0; c.bias != nullptr && i * kWidth < channels; ++i) {
+      bias[i] = load<Vec, true>(c.bias + k0 + i * kWidth, min64(kWidth, channels - i * kWidth));
+    }
     for (int64_t t = 0; t < count; ++t) {
       const WinogradTile& tile = list.tiles[t];
-      switch (reads_of(c)) {
-        case Reads::affine: transform_input<F, Reads::affine, T>(c, p, tile, cells, zeros, prologue, v + t * p.pixel); break;
-        case Reads::affine_relu: transform_input<F, Reads::affine_relu, T>(c, p, tile, cells, zeros, prologue, v + t * p.pixel); break;
-        default: transform_input<F, Reads::plain, T>(c, p, tile, cells, zeros, prologue, v + t * p.pixel);
-      }
+      const int64_t at = ((tile.image * s.out_height + tile.row) * s.out_width + tile.col) * s.out_channels + k0;
+      const WinogradOut<T> out{static_cast<T*>(c.y) + at,
+                               c.residual == nullptr ? nullptr : static_cast<const T*>(c.residual) + at,
+                               s.out_width * s.out_channels,
+                               s.out_channels,
+                               static_cast<int>(min64(F::kOut, s.out_height - tile.row)),
+                               static_cast<int>(min64(F::kOut, s.out_width - tile.col)),
+                               channels,
+                               bias,
+                               c.relu ? 0.0f : -__builtin_inff()};
+      with_sides<F>(tile.rows, tile.cols,
+                    [&]<int rows, int cols>() { output_tile<F, rows, cols>(sums + t * kDirectBlock, p.m_point, out); });
     }
-    const int64_t per_split = ceil_div(p.blocks, p.splits);
-    for (int64_t block = split * per_split; block < min64(p.blocks, (split + 1) * per_split); ++block) {
-      const float* u = static_cast<const float*>(c.weights) + block * F::kIn * F::kIn * p.words * kDirectBlock;
-      for (int r = 0; r < F::kIn; ++r) {
-        for (int q = 0; q < F::kIn; ++q, u += p.words * kDirectBlock) {
-          const bool all_rows = has_point<F>(r, short_rows), all_cols = has_point<F>(q, short_cols);
-          const int64_t from = all_cols ? 0 : list.ends[0];
-          const int64_t to = !all_rows ? list.ends[1] : all_cols ? count : list.ends[2];
-          const int point = r * F::kIn + q;
-          multiply_point<Pairs>(p, v + point * p.v_point, u, from, to, m + point * p.m_point);
-        }
+  }
+
+  void run(int64_t tile_block, int64_t split) {
+    const int64_t per_split = ceil_div(p.blocks, p.splits), first_tile = tile_block * p.per_task;
+    count = min64(p.per_task, p.tiles - first_tile);
+    list_tiles<F>(c.shape, p, first_tile, first_tile + count, list);
+    for (int64_t chunk = 0; chunk < p.chunks; ++chunk) {
+      const int64_t first = chunk * p.chunk, last = min64(c.shape.in_channels, first + p.chunk);
+      switch (reads_of(c)) {
+        case Reads::affine: transform_inputs<Reads::affine>(first, last); break;
+        case Reads::affine_relu: transform_inputs<Reads::affine_relu>(first, last); break;
+        default: transform_inputs<Reads::plain>(first, last);
       }
-      const int64_t k0 = block * kDirectBlock, channels = min64(kDirectBlock, s.out_channels - k0);
-      Vec bias[2] = {};
-      for (int i = 0; c.bias != nullptr && i * kWidth < channels; ++i) {
-        bias[i] = load<Vec, true>(c.bias + k0 + i * kWidth, min64(kWidth, channels - i * kWidth));
-      }
-      for (int64_t t = 0; t < count; ++t) {
-        const WinogradTile& tile = list.tiles[t];
-        const int64_t at = ((tile.image * s.out_height + tile.row) * s.out_width + tile.col) * s.out_channels + k0;
-        const WinogradOut<T> out{static_cast<T*>(c.y) + at,
-                                 c.residual == nullptr ? nullptr : static_cast<const T*>(c.residual) + at,
-                                 s.out_width * s.out_channels,
-                                 s.out_channels,
-                                 static_cast<int>(min64(F::kOut, s.out_height - tile.row)),
-                                 static_cast<int>(min64(F::kOut, s.out_width - tile.col)),
-                                 channels,
-                                 bias,
-                                 c.relu ? 0.0f : -__builtin_inff()};
-        with_sides<F>(tile.rows, tile.cols,
-                      [&]<int rows, int cols>() { output_tile<F, rows, cols>(m + t * kDirectBlock, p.m_point, out); });
+      for (int64_t i = 0, block = split * per_split; i < per_split && block < p.blocks; ++i, ++block) {
+        float* sums = m + (p.chunks == 1 ? 0 : i * p.m_block);
+        multiply(block, first, last, sums);
+        if (chunk + 1 == p.chunks) transform_outputs(block, sums);
       }
     }
   }
+};
+
+template <class F, class T, bool Pairs>
+void run_winograd(const Conv& c, int64_t begin, int64_t end, void* scratch) {
+  const WinogradPlan p = winograd_plan<F, Pairs>(c);
+  using Task = WinogradTask<F, T, Pairs>;
+  char* base = static_cast<char*>(scratch);
+  Task task{c,
+            p,
+            reinterpret_cast<const T**>(base + p.cells),
+            reinterpret_cast<T*>(base + p.zeros),
+            reinterpret_cast<T*>(base + p.prologue),
+            {reinterpret_cast<WinogradTile*>(base + p.list), {}},
+            0,
+            reinterpret_cast<typename Task::E*>(base + p.v),
+            reinterpret_cast<float*>(base + p.m)};
+  __builtin_memset(task.zeros, 0, round_up(c.shape.in_channels, kWidth) * sizeof(T));
+  for (int64_t i = begin; i < end; ++i) task.run(i % p.tile_blocks, i / p.tile_blocks);
 }
 
 // ---- the kernels as the engine sees them -----------------------------------------------------------------------------------------------

@@ -109,11 +109,11 @@ FASTRES_INLINE void put_point(float* p, Vec x) {
   store(p, rounded<T>(x));
 }
 
-// Inputs of a tile of R x S inputs to its points: channels [0, vectors * kWidth) of each pixel cells[r * S + s] to
+// Inputs of a tile of R x S inputs to its points: channels [first, first + vectors * kWidth) of each pixel cells[r * S + s] to
 // v + (point r * kIn + point s) * stride.
 template <class F, int R, int S, class T, class E>
-__attribute__((noinline)) void input_tile(const T* const* cells, int64_t vectors, E* v, int64_t stride) {
-  for (int64_t i = 0; i < vectors * kWidth; i += kWidth, v += kWidth) {
+__attribute__((noinline)) void input_tile(const T* const* cells, int64_t first, int64_t vectors, E* v, int64_t stride) {
+  for (int64_t i = first; i < first + vectors * kWidth; i += kWidth, v += kWidth) {
     Vec columns[S][R];
 #pragma GCC unroll 6
     for (int s = 0; s < S; ++s) {

@@ -18,6 +18,7 @@ from fastres.evaluate.timing import Spread
 
 from .contenders import CONTENDERS, LIMITS, PEERS, PLAN, Call, Problem, Reference
 
+SETTLE_S = 0.02
 Row = dict[str, Any]
 Tell = Callable[[str], None]
 
@@ -36,10 +37,19 @@ class Run:
     reason: str | None = None
     seconds: list[float] = field(default_factory=list)
 
-    def timed_call(self) -> None:
-        """One call that is not timed, so that caches and clocks are as its own work leaves them, and one that is."""
+    def settle(self) -> None:
+        """Untimed calls: caches and clocks are then as its own work leaves them, and the threads of whoever ran before no
+        longer spin."""
         assert self.call is not None
+        ready = time.perf_counter() + SETTLE_S
         self.call()
+        while time.perf_counter() < ready:
+            self.call()
+
+    def timed_call(self) -> None:
+        """Settles, then times one call."""
+        assert self.call is not None
+        self.settle()
         start = time.perf_counter()
         self.call()
         self.seconds.append(time.perf_counter() - start)
@@ -57,7 +67,7 @@ def prepare(problem: Problem, names: Iterable[str], tell: Tell = _silent) -> lis
                 call = CONTENDERS[name](problem)
                 run.error = problem.error(call())
         except Exception as error:
-            run.reason = _one_line(error)
+            run.reason = one_line(error)
         else:
             limit = LIMITS[problem.dtype]
             if run.error <= limit:
@@ -68,7 +78,8 @@ def prepare(problem: Problem, names: Iterable[str], tell: Tell = _silent) -> lis
     return runs
 
 
-def _one_line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
+    """A reason for a table's cell."""
     kind = "" if type(error).__name__ == "Unavailable" else f"{type(error).__name__}: "
     lines = str(error).strip().splitlines() or [""]
     return (kind + lines[0])[:160].rstrip(": ")

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import importlib
 import importlib.util
+import io
 import json
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-from .contenders import LIMITS, Reference
-from .measuring import Row, prepare
+from .contenders import CONTENDERS, LIMITS, Reference
+from .measuring import Row, one_line
 
 # What a contender imports while it prepares: code, which is no memory of the inference, and loaded before it is measured.
 IMPORTS = {
@@ -30,27 +32,77 @@ def status_bytes(name: str) -> int:
 
 
 def measure_here(net: str, batch: int, dtype: str, contender: str, side: int | None) -> dict[str, Any]:
-    """In a fresh process: bytes above what it has after its imports.
+    """In a fresh process: bytes above what it has after its imports, and the error of the logits.
 
-    ``peak_bytes``: highest, with preparation (conversion, packing, the network in PyTorch that it starts from).
-    ``running_bytes``: highest while it only infers, the network that it started from given back.
+    ``peak_bytes``: highest, with preparation (the network in PyTorch that all start from, conversion, packing).
+    ``running_bytes``: highest while it only infers, what it started from given back; None where Linux can't tell.
     """
     for name in IMPORTS.get(contender, ()):
         if importlib.util.find_spec(name.split(".")[0]) is not None:
             importlib.import_module(name)
     imported = status_bytes("VmHWM")
-    reference = Reference(net, side)
-    reference.__dict__["truth"] = reference.images.new_zeros(len(reference.images), 1)  # float64 would be the peak
-    problem = reference.problem(batch, dtype)
-    (run,) = prepare(problem, [contender])
-    if run.error is None:
-        return {"reason": run.reason}
-    (call,) = run.kept
-    del reference, problem
+    problem = Reference(net, side).problem(batch, dtype, with_truth=False)
+    call = CONTENDERS[contender](problem)
+    for _ in range(CALLS):
+        logits = call().clone()
+    peak = status_bytes("VmHWM") - imported
+    del problem
     gc.collect()
+    running = None
     try:
         Path("/proc/self/clear_refs").write_text("5")  # forgets the highest resident memory so far
-        cleared = True
     except OSError:
-        cleared = False
-    return {"imported": imported, "call": call, "cleared": cleared}
+        pass
+    else:
+        call()
+        running = status_bytes("VmHWM") - imported
+    error = Reference(net, side).problem(batch, dtype).error(logits)
+    return {"peak_bytes": peak, "running_bytes": running, "error": error}
+
+
+def memory_row(
+    net: str, batch: int, dtype: str, contender: str, threads: int, side: int | None = None, timeout_s: float = 900
+) -> Row:
+    """The figures of one contender from a process of its own; no figure where parity fails or it can't run."""
+    row: Row = {
+        "case": f"{net}-{dtype}-b{batch}-memory-{contender}", "baseline": contender, "kind": "memory", "net": net, "dtype": dtype,
+        "batch": batch, "threads": threads, "allowed": LIMITS[dtype],
+        "peak_bytes": None, "running_bytes": None, "error": None, "reason": None,
+    }  # fmt: skip
+    arguments = [net, str(batch), dtype, contender, str(threads), *([str(side)] if side else [])]
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", __name__, *arguments], capture_output=True, text=True, timeout=timeout_s
+        )
+    except subprocess.TimeoutExpired:
+        return {**row, "reason": f"took more than {timeout_s:.0f} s"}
+    try:
+        found = json.loads(done.stdout.strip().splitlines()[-1])
+    except (IndexError, ValueError):
+        last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        return {**row, "reason": last[:160]}
+    if "reason" in found:
+        return {**row, "reason": found["reason"]}
+    if not found["error"] <= LIMITS[dtype]:
+        reason = f"parity failed: logits off by {found['error']:.1e}, allowed {LIMITS[dtype]:.0e}"
+        return {**row, "reason": reason}
+    return {**row, **found}
+
+
+def main(arguments: list[str]) -> None:
+    """Prints one line of JSON: the figures, or the reason why there are none."""
+    import torch
+
+    net, batch, dtype, contender, threads, *side = arguments
+    torch.set_num_threads(int(threads))
+    result: dict[str, Any]
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            result = measure_here(net, int(batch), dtype, contender, int(side[0]) if side else None)
+    except Exception as error:
+        result = {"reason": one_line(error)}
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
