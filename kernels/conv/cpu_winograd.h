@@ -188,10 +188,11 @@ void transform_input(const Conv& c, const WinogradPlan& p, const WinogradTile& t
 }
 
 // M tiles x 2 vectors of output channels in registers: v from tile to tile `stride` bytes, `words` of K. Adds to acc, or starts it.
-// The weights `ahead` floats from here are brought into the second cache meanwhile.
+// Weights that come next are brought into the second cache meanwhile, `step` floats for each word: spread evenly, or the loads that are
+// needed now would queue behind them.
 template <bool Pairs, int M>
-__attribute__((noinline)) void winograd_products(const char* v, int64_t stride, int64_t words, const float* u, int64_t ahead, bool start,
-                                                 float* acc) {
+__attribute__((noinline)) void winograd_products(const char* v, int64_t stride, int64_t words, const float* u, const float* next,
+                                                 int64_t step, bool start, float* acc) {
   using P = Product<Pairs>;
   Vec sum[M][2] = {};
   if (!start) {
@@ -209,13 +210,13 @@ __attribute__((noinline)) void winograd_products(const char* v, int64_t stride, 
     Vec w0, w1;
     load(u, &w0);
     load(u + kWidth, &w1);
-    __builtin_prefetch(u + ahead, 0, 2);
-    if constexpr (kVectorBytes == 64) __builtin_prefetch(u + ahead + kWidth, 0, 2);
+    __builtin_prefetch(next, 0, 2);
+    next += step;
     u += 2 * kWidth;
 #pragma GCC unroll 16
     for (int m = 0; m < M; ++m) {
-      const int64_t step = m % 4 == 0 ? 0 : m % 4 == 1 ? stride : m % 4 == 2 ? 2 * stride : stride3;
-      const Vec x = P::broadcast(base[m / 4] + step + 4 * k);
+      const int64_t to = m % 4 == 0 ? 0 : m % 4 == 1 ? stride : m % 4 == 2 ? 2 * stride : stride3;
+      const Vec x = P::broadcast(base[m / 4] + to + 4 * k);
       sum[m][0] = P::accumulate(x, w0, sum[m][0]);
       sum[m][1] = P::accumulate(x, w1, sum[m][1]);
     }
@@ -239,11 +240,12 @@ FASTRES_INLINE void winograd_any_products(int64_t count, A... a) {
 template <bool Pairs, class E>
 FASTRES_INLINE void multiply_point(const WinogradPlan& p, const E* v, int64_t words, const float* u, int64_t first, int64_t last,
                                    bool start, float* m) {
-  const int64_t pieces = ceil_div(last - first, kDirectTile);
+  const int64_t pieces = ceil_div(last - first, kDirectTile), step = pieces == 0 ? 0 : ceil_div(kDirectBlock, pieces);
+  const float* next = u + p.words * kDirectBlock;
   for (int64_t i = 0; i < pieces; ++i) {
     const int64_t count = ceil_div(last - first, pieces - i);
     winograd_any_products<Pairs>(count, reinterpret_cast<const char*>(v + first * p.pixel), p.pixel * static_cast<int64_t>(sizeof(E)),
-                                 words, u, i == 0 ? p.words * kDirectBlock : 0, start, m + first * kDirectBlock);
+                                 words, u, next + i * step * words, step, start, m + first * kDirectBlock);
     first += count;
   }
 }

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import importlib
-import importlib.util
 import io
 import json
 import subprocess
@@ -16,12 +14,7 @@ from typing import Any
 from .contenders import CONTENDERS, LIMITS, Reference
 from .measuring import Row, one_line
 
-# What a contender imports while it prepares: code, which is no memory of the inference, and loaded before it is measured.
-IMPORTS = {
-    "openvino": ("openvino",), "onnxruntime": ("onnxruntime", "onnx", "onnxscript"),
-    "compile": ("torch._dynamo", "torch._inductor.compile_fx"), "zentorch": ("zentorch",),
-    "compile-max": ("torch._dynamo", "torch._inductor.compile_fx"),
-}  # fmt: skip
+TINY = "resnet20"
 CALLS = 3
 
 
@@ -31,31 +24,38 @@ def status_bytes(name: str) -> int:
     return 1024 * int(next(line.split()[1] for line in lines if line.startswith(f"{name}:")))
 
 
+def _forget_peak() -> None:
+    """Sets VmHWM, the highest resident memory so far, to what is resident now."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
 def measure_here(net: str, batch: int, dtype: str, contender: str, side: int | None) -> dict[str, Any]:
-    """In a fresh process: bytes above what it has after its imports, and the error of the logits.
+    """In a fresh process: bytes above what it has once all code is loaded, and the error of the logits.
+
+    Runtimes load much of their code when they are first used, so a tiny network goes first.
 
     ``peak_bytes``: highest, with preparation (the network in PyTorch that all start from, conversion, packing).
-    ``running_bytes``: highest while it only infers, what it started from given back; None where Linux can't tell.
+    ``running_bytes``: highest while it only infers, what it started from given back.
     """
-    for name in IMPORTS.get(contender, ()):
-        if importlib.util.find_spec(name.split(".")[0]) is not None:
-            importlib.import_module(name)
-    imported = status_bytes("VmHWM")
+    import torch
+
+    tiny = Reference(TINY).problem(1, dtype, with_truth=False)
+    CONTENDERS[contender](tiny)()
+    del tiny
+    torch._dynamo.reset()
+    gc.collect()
+    loaded = status_bytes("VmRSS")
+    _forget_peak()
     problem = Reference(net, side).problem(batch, dtype, with_truth=False)
     call = CONTENDERS[contender](problem)
     for _ in range(CALLS):
         logits = call().clone()
-    peak = status_bytes("VmHWM") - imported
+    peak = status_bytes("VmHWM") - loaded
     del problem
     gc.collect()
-    running = None
-    try:
-        Path("/proc/self/clear_refs").write_text("5")  # forgets the highest resident memory so far
-    except OSError:
-        pass
-    else:
-        call()
-        running = status_bytes("VmHWM") - imported
+    _forget_peak()
+    call()
+    running = status_bytes("VmHWM") - loaded
     error = Reference(net, side).problem(batch, dtype).error(logits)
     return {"peak_bytes": peak, "running_bytes": running, "error": error}
 
@@ -65,8 +65,8 @@ def memory_row(
 ) -> Row:
     """The figures of one contender from a process of its own; no figure where parity fails or it can't run."""
     row: Row = {
-        "case": f"{net}-{dtype}-b{batch}-memory-{contender}", "baseline": contender, "kind": "memory", "net": net, "dtype": dtype,
-        "batch": batch, "threads": threads, "allowed": LIMITS[dtype],
+        "case": f"{net}-{dtype}-b{batch}-memory-{contender}", "baseline": contender, "kind": "memory",
+        "net": net, "dtype": dtype, "batch": batch, "threads": threads, "allowed": LIMITS[dtype],
         "peak_bytes": None, "running_bytes": None, "error": None, "reason": None,
     }  # fmt: skip
     arguments = [net, str(batch), dtype, contender, str(threads), *([str(side)] if side else [])]

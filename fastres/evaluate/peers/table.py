@@ -62,8 +62,8 @@ def scaling_lines(rows: Sequence[Row]) -> Iterator[tuple[str, ...]]:
 
 
 TABLES = (
-    ("ms/image: median and quartiles; * the fastest other runtime; above 1: slower than the plan", LATENCY_HEADER, latency_lines),
-    ("memory of one process above what it has after its imports", MEMORY_HEADER, memory_lines),
+    ("ms/image: median, quartiles; * the fastest other runtime; above 1: slower than the plan", LATENCY_HEADER, latency_lines),
+    ("memory of one process above what it has once its code is loaded", MEMORY_HEADER, memory_lines),
     ("the plan on one and more threads", SCALING_HEADER, scaling_lines),
 )  # fmt: skip
 
@@ -130,7 +130,7 @@ def markdown(rows: Sequence[Row]) -> Iterator[str]:
     memory = of_kind(rows, "memory")
     if memory:
         yield ""
-        yield "Peak memory of one process above what it has after its imports: with preparation, and while it only infers."
+        yield "Peak memory of one process above what it has once its code is loaded: with preparation, and while inferring."
         yield ""
         yield "| network | dtype | batch | contender | with preparation | inferring |"
         yield "|---|---|---:|---|---:|---:|"
