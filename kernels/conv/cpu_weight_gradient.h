@@ -18,6 +18,7 @@ namespace fastres::FASTRES_ISA {
 
 constexpr int64_t kGradientPanel = 1400 << 10;  // bytes of both panels
 constexpr int64_t kGradientChunk = 128;         // input channels that are packed at a time
+constexpr int64_t kGradientSteps = 4;           // of 32 positions that all taps share while they are in the first cache (float)
 
 struct GradientCut {
   Geometry g;  // pitch, phases and rows of the positions; g.rows and g.images of a band
@@ -217,12 +218,14 @@ struct GradientTask {
   void fill_source(const Band& b, int64_t positions) const {
     const ConvShape& s = cut.g.s;
     int64_t* out = source();
-    for (int64_t v = 0; v < positions; ++v) {
-      const int64_t row = v / cut.g.pitch, q = v % cut.g.pitch;
-      const int64_t i = row / panel_rows(cut.g, b.rows), r = row % panel_rows(cut.g, b.rows);
-      const bool valid = i < b.images && r < b.rows && q < s.out_width;
-      out[v] = valid ? (((b.image + i) * s.out_height + b.row + r) * s.out_width + q) * s.out_channels : -1;
+    int64_t v = 0;
+    for (int64_t i = 0; i < b.images; ++i) {
+      for (int64_t r = 0; r < panel_rows(cut.g, b.rows); ++r) {
+        const int64_t first = ((b.image + i) * s.out_height + b.row + r) * s.out_width * s.out_channels;
+        for (int64_t q = 0; q < cut.g.pitch; ++q, ++v) out[v] = r < b.rows && q < s.out_width ? first + q * s.out_channels : -1;
+      }
     }
+    for (; v < positions; ++v) out[v] = -1;
   }
 
   template <Reads R>
@@ -271,6 +274,7 @@ struct GradientTask {
       const Band b = band_of(whole, band);
       const int64_t positions = gradient_positions(cut, b.images, b.rows), steps = positions / 32;
       const int64_t stride = channel_stride(cut, b.images, b.rows), plane = cut.chunk * stride;
+      const int64_t at_once = taps == 1 ? steps : planes == 3 ? kGradientSteps : 3 * kGradientSteps;
       fill_source(b, positions);
       with_reads(p.gradient, [&]<Reads R>() { pack_pairs<R, T>(p.gradient, source(), positions, first_block, last_block, planes, pairs); });
       for (int64_t first = 0; first < g.s.in_channels; first += cut.chunk) {
@@ -281,24 +285,28 @@ struct GradientTask {
         for (int64_t block = first_block; block < last_block; ++block) {
           for (int64_t c = first; c < last; c += 32) {
             const bool two = c + 16 < last;
-            for (int64_t tap = 0; tap < taps; ++tap) {
-              const int64_t h = tap / g.s.kernel_w * g.s.dilation_h, w = tap % g.s.kernel_w * g.s.dilation_w;
-              const int64_t shift =
-                  (h % g.s.stride_h * g.phases_w + w % g.s.stride_w) * positions + h / g.s.stride_h * g.pitch + w / g.s.stride_w;
-              for (int64_t i = 0; i < steps; ++i) offsets[i] = shift + i * 32;
-              const bf16* a = panel + (c - first) * stride;
-              const AmxBlock product{{a, two ? a + 16 * stride : a},
-                                     stride * 2,
-                                     plane,
-                                     offsets,
-                                     steps,
-                                     pairs + (block - first_block) * steps * planes * 2 * kAmxTile,
-                                     out + ((block * taps + tap) * c_blocks + c / 32) * 1024,
-                                     false,
-                                     band == group * cut.bands_per_group,
-                                     0};
-              constexpr bool split_floats = sizeof(T) == sizeof(float);
-              two ? amx_block<split_floats, true>(product) : amx_block<split_floats, false>(product);
+            const bf16* a = panel + (c - first) * stride;
+            // A few steps at a time for all taps: what they read then stays in the first cache.
+            for (int64_t from = 0; from < steps; from += at_once) {
+              const int64_t count = min64(at_once, steps - from);
+              for (int64_t tap = 0; tap < taps; ++tap) {
+                const int64_t h = tap / g.s.kernel_w * g.s.dilation_h, w = tap % g.s.kernel_w * g.s.dilation_w;
+                const int64_t shift =
+                    (h % g.s.stride_h * g.phases_w + w % g.s.stride_w) * positions + h / g.s.stride_h * g.pitch + w / g.s.stride_w;
+                for (int64_t i = 0; i < count; ++i) offsets[i] = shift + (from + i) * 32;
+                const AmxBlock product{{a, two ? a + 16 * stride : a},
+                                       stride * 2,
+                                       plane,
+                                       offsets,
+                                       count,
+                                       pairs + ((block - first_block) * steps + from) * planes * 2 * kAmxTile,
+                                       out + ((block * taps + tap) * c_blocks + c / 32) * 1024,
+                                       false,
+                                       band == group * cut.bands_per_group && from == 0,
+                                       0};
+                constexpr bool split_floats = sizeof(T) == sizeof(float);
+                two ? amx_block<split_floats, true>(product) : amx_block<split_floats, false>(product);
+              }
             }
           }
         }
