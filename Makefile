@@ -18,13 +18,14 @@ SAY    := @printf '\033[1m== %s\033[0m\n'
 BUILD_INPUTS := pyproject.toml setup.py CMakeLists.txt $(wildcard cmake/*) $(wildcard build_backend/*.py) \
   $(shell find csrc kernels \( -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh' \) -type f)
 
-.PHONY: help demo test bench install lint format clean distclean FORCE
+.PHONY: help demo test bench install sanitize lint format clean distclean FORCE
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo       train a fused and a reference network, evaluate and time both, write demo/report.html"
 	@echo "make test       the test suite                      TEST_ARGS='-k native'"
 	@echo "make bench      the benchmarks, small sizes         BENCH_ARGS='--full --save-results'"
+	@echo "make sanitize   the convolution kernels under AddressSanitizer, UBSan and ThreadSanitizer"
 	@echo "make lint       ruff, mypy, clang-format, line limit, README tables"
 	@echo "make format     rewrite files as ruff and clang-format want them"
 	@echo "make install    create $(VENV) only                  TORCH='torch==2.13.0' EXTRAS=dev,data PIP_ARGS=..."
@@ -71,6 +72,19 @@ test: install
 bench: install
 	$(SAY) "running the benchmarks"
 	@$(BIN)/python -m pytest benchmarks/ --benchmark-only $(BENCH_ARGS)
+
+# A program of its own for each sanitizer, without torch and Python; their folders only satisfy the one CMakeLists.txt.
+SANITIZERS ?= address undefined thread
+SANITIZED  ?= build/sanitized
+sanitize: $(STAMPS)/torch $(STAMPS)/tools
+	@set -e; torch=$$($(BIN)/python -c 'import importlib.util as u; print(u.find_spec("torch").submodule_search_locations[0])'); \
+	for kind in $(SANITIZERS); do \
+	  printf '\033[1m== %s sanitizer\033[0m\n' $$kind; \
+	  $(BIN)/cmake -G Ninja -S . -B $(SANITIZED)/$$kind -DCMAKE_MAKE_PROGRAM="$$PWD/$(BIN)/ninja" -DFASTRES_TORCH_DIR="$$torch" \
+	    -DFASTRES_CUDA=OFF -DFASTRES_SANITIZE=$$kind > /dev/null; \
+	  $(BIN)/cmake --build $(SANITIZED)/$$kind --target sanitized_kernels > $(SANITIZED)/$$kind/log || { cat $(SANITIZED)/$$kind/log; exit 1; }; \
+	  ASAN_OPTIONS=detect_leaks=0 $(SANITIZED)/$$kind/sanitized_kernels; \
+	done
 
 CPP_SOURCES = $(shell find csrc kernels tests -type f \( -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' \))
 lint: install

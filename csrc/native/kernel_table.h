@@ -3,6 +3,7 @@
 
 #include "../../kernels/common/cpu_problems.h"
 #include "../../kernels/conv/cpu_conv.h"
+#include "../../kernels/machine/machine_kernels.h"
 #include "../../kernels/plan_steps/plan_problems.h"
 
 namespace fastres {
@@ -23,6 +24,7 @@ struct KernelTable {
   void (*map_max_pool)(const MapPool&, int64_t begin, int64_t end);
   void (*map_mean_pool)(const MapPool&, int64_t begin, int64_t end);
   void (*map_place)(const MapPlace&, int64_t begin, int64_t end);
+  const MachineKernels* machine;
 };
 
 }  // namespace fastres

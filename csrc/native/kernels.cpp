@@ -1,6 +1,7 @@
 // Compiled once per instruction set (FASTRES_ISA names it): picks the template instance for a problem's flags.
 // Includes neither torch nor the C++ standard library; see kernels/common/cpu_vec.h for why.
 #include "../../kernels/conv_stats/cpu_channel_stats.h"
+#include "../../kernels/machine/cpu_limits.h"
 #include "../../kernels/plan_steps/cpu_copy.h"
 #include "../../kernels/plan_steps/cpu_pool.h"
 #include "../../kernels/scale_shift_act/cpu_scale_shift_act.h"
@@ -93,7 +94,8 @@ void stats_backward(const ChannelStatsBackward& p, int64_t begin, int64_t end) {
 
 extern const ConvKernels conv_kernels;  // conv_kernels.cpp
 extern const KernelTable kernel_table;
-const KernelTable kernel_table = {forward,   backward,       pool<false>,  pool<true>, pool_backward, stats,         channel_stats_merge,
-                                  sum_parts, stats_backward, conv_kernels, map_input,  map_max_pool,  map_mean_pool, map_place};
+const KernelTable kernel_table = {
+    forward,        backward,     pool<false>, pool<true>,   pool_backward, stats,     channel_stats_merge, sum_parts,
+    stats_backward, conv_kernels, map_input,   map_max_pool, map_mean_pool, map_place, &machine_kernels};
 
 }  // namespace fastres::FASTRES_ISA

@@ -4,6 +4,7 @@
 
 #include "../plan/bindings.h"
 #include "cpu.h"
+#include "limits.h"
 
 namespace py = pybind11;
 
@@ -27,4 +28,5 @@ PYBIND11_MODULE(_native, m) {
       },
       "What the library was built from and with.");
   fastres::bind_plan(m);
+  fastres::bind_limits(m);
 }

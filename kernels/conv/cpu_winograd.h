@@ -12,134 +12,9 @@
 // Weights U [K/block][points][C][block] (float), or [K/block][points][C/2][block][2] (bf16 pairs, where the CPU multiplies them).
 #pragma once
 
-#include "cpu_direct.h"
-#include "cpu_winograd_tile.h"
+#include "cpu_winograd_plan.h"
 
 namespace fastres::FASTRES_ISA {
-
-constexpr int64_t kWinogradBudget = 1200 << 10;  // bytes of V
-constexpr int64_t kWinogradWeights = 640 << 10;  // weights of up to so many bytes stay in the second cache beside V and M
-constexpr int64_t kWinogradTiles = 48 / kDirectTile * kDirectTile;  // of a block, at most
-
-struct WinogradTile {
-  int64_t image, row, col;  // of the first output
-  int rows, cols;           // inputs of the transform
-};
-
-// How a convolution is cut into tasks, and the layout of a task's scratch.
-struct WinogradPlan {
-  int64_t rows, cols;                                 // tiles of an image
-  int64_t tiles, per_task;                            // of all images, of a block
-  int64_t tile_blocks, splits;                        // tasks = tile_blocks * splits; a split is a range of blocks of output channels
-  int64_t blocks, words;                              // of output channels; words of K of one product
-  int64_t chunk, chunks;                              // channels whose V is made at a time
-  int64_t pixel, v_point;                             // elements of V from tile to tile, from point to point
-  int64_t m_point, m_block;                           // floats of M from point to point, from block to block
-  int64_t cells, zeros, prologue, list, v, m, bytes;  // scratch
-};
-
-// Inputs of the transform for the tile that starts at output `at` of `size`.
-template <class F>
-FASTRES_INLINE int winograd_side(int64_t at, int64_t size) {
-  const int64_t left = size - at;
-  if (F::kOut == 2 || left >= F::kOut) return F::kIn;
-  return left == 3 ? 5 : 4;
-}
-
-// `at` bytes or more that are an odd number of cache lines: neighbours don't meet in the same sets.
-FASTRES_INLINE int64_t odd_lines(int64_t bytes) { return (ceil_div(bytes, 64) | 1) * 64; }
-
-// The tile blocks and splits with the shortest estimated time. Per tile and vector of channels: the transform of the inputs costs about
-// as much as 5 products at all points, one for each of 5 vectors of output channels. Products with few tiles wait for their weights.
-template <class F>
-void choose_tasks(const Conv& c, bool small, WinogradPlan& p) {
-  const int64_t threads = max64(1, c.threads), at_least = max64(1, ceil_div(p.tiles, kWinogradTiles));
-  int64_t best = -1;
-  for (int64_t splits = 1; splits <= p.blocks && (splits == 1 || splits <= 2 * threads); splits *= 2) {
-    for (int64_t rounds = 1; rounds <= 4; rounds *= 2) {
-      const int64_t tile_blocks = max64(at_least, min64(p.tiles, ceil_div(rounds * threads, splits)));
-      const int64_t per_task = max64(1, ceil_div(p.tiles, tile_blocks));
-      const int64_t tasks = max64(1, ceil_div(p.tiles, per_task)) * splits;
-      const int64_t products = per_task + 2 * ceil_div(per_task, kDirectTile) + (small ? 0 : max64(0, 24 - per_task));
-      const int64_t time = ceil_div(tasks, threads) * (5 * per_task + ceil_div(p.blocks, splits) * 2 * products);
-      if (best >= 0 && time >= best) continue;
-      best = time;
-      p.per_task = per_task;
-      p.splits = splits;
-    }
-  }
-  p.tile_blocks = max64(1, ceil_div(p.tiles, p.per_task));
-  p.splits = ceil_div(p.blocks, ceil_div(p.blocks, p.splits));
-}
-
-template <class F, bool Pairs>
-WinogradPlan winograd_plan(const Conv& c) {
-  using E = typename Product<Pairs>::Panel::Element;
-  constexpr int64_t points = F::kIn * F::kIn, element = sizeof(E), depth = Product<Pairs>::kDepth;
-  const ConvShape& s = c.shape;
-  const int64_t activation = c.bfloat16 ? 2 : 4;
-  WinogradPlan p;
-  p.rows = ceil_div(s.out_height, F::kOut);
-  p.cols = ceil_div(s.out_width, F::kOut);
-  p.tiles = s.images * p.rows * p.cols;
-  p.blocks = ceil_div(s.out_channels, kDirectBlock);
-  p.words = ceil_div(s.in_channels, depth);
-  choose_tasks<F>(c, points * s.in_channels * s.out_channels * element <= kWinogradWeights, p);
-  const int64_t unit = kWidth * depth, most = max64(1, kWinogradBudget / (points * p.per_task * element * unit)) * unit;
-  p.chunk = round_up(ceil_div(s.in_channels, ceil_div(s.in_channels, most)), unit);
-  p.chunks = ceil_div(s.in_channels, p.chunk);
-  p.pixel = odd_lines(p.chunk * element) / element;
-  p.v_point = odd_lines(p.per_task * p.pixel * element) / element;
-  p.m_point = odd_lines(p.per_task * kDirectBlock * 4) / 4;
-  p.m_block = points * p.m_point;
-  int64_t at = 0;
-  const auto take = [&at](int64_t bytes) {
-    const int64_t here = at;
-    at += round_up(bytes, 64);
-    return here;
-  };
-  p.cells = take(2 * points * static_cast<int64_t>(sizeof(void*)));
-  p.zeros = take(round_up(s.in_channels, kWidth) * activation);
-  p.prologue = take(points * kVectorBytes);
-  p.list = take(p.per_task * static_cast<int64_t>(sizeof(WinogradTile)));
-  p.v = take(points * p.v_point * element);
-  p.m = take((p.chunks == 1 ? 1 : ceil_div(p.blocks, p.splits)) * p.m_block * 4);
-  p.bytes = at;
-  return p;
-}
-
-// The tiles of a block, in four classes: short columns, full, short rows, short both. Then the tiles with a given point of rows come
-// first or are all, those with a given point of columns leave out the first class or the last, or are all.
-struct WinogradList {
-  WinogradTile* tiles;
-  int64_t ends[4];  // of the classes
-};
-
-template <class F>
-void list_tiles(const ConvShape& s, const WinogradPlan& p, int64_t first, int64_t last, WinogradList& list) {
-  int64_t starts[4] = {};
-  for (int pass = 0; pass < 2; ++pass) {
-    for (int64_t t = first; t < last; ++t) {
-      const int64_t row = t / p.cols % p.rows * F::kOut, col = t % p.cols * F::kOut;
-      const int rows = winograd_side<F>(row, s.out_height), cols = winograd_side<F>(col, s.out_width);
-      const int kind = rows == F::kIn ? (cols == F::kIn ? 1 : 0) : (cols == F::kIn ? 2 : 3);
-      if (pass == 0) {
-        ++starts[kind];
-      } else {
-        list.tiles[starts[kind]++] = {t / (p.rows * p.cols), row, col, rows, cols};
-      }
-    }
-    int64_t sum = 0;
-    for (int k = 0; k < 4; ++k) {
-      const int64_t n = starts[k];
-      if (pass == 0) {
-        starts[k] = sum;
-        sum += n;
-        list.ends[k] = sum;
-      }
-    }
-  }
-}
 
 // One vector of channels of all cells of a tile, the prologue applied; what lies behind the last channel is zero.
 template <class F, Reads R, class T, bool Partial>
@@ -195,13 +70,6 @@ __attribute__((noinline)) void winograd_products(const char* v, int64_t stride, 
                                                  int64_t step, bool start, float* acc) {
   using P = Product<Pairs>;
   Vec sum[M][2] = {};
-  if (!start) {
-#pragma GCC unroll 16
-    for (int m = 0; m < M; ++m) {
-      load(acc + m * 2 * kWidth, &sum[m][0]);
-      load(acc + m * 2 * kWidth + kWidth, &sum[m][1]);
-    }
-  }
   // Four tiles share a base address, so that few address registers are needed.
   const int64_t stride3 = 3 * stride;
   const char* base[(M + 3) / 4];
@@ -219,6 +87,16 @@ __attribute__((noinline)) void winograd_products(const char* v, int64_t stride, 
       const Vec x = P::broadcast(base[m / 4] + to + 4 * k);
       sum[m][0] = P::accumulate(x, w0, sum[m][0]);
       sum[m][1] = P::accumulate(x, w1, sum[m][1]);
+    }
+  }
+  if (!start) {
+#pragma GCC unroll 16
+    for (int m = 0; m < M; ++m) {
+      Vec before[2];
+      load(acc + m * 2 * kWidth, &before[0]);
+      load(acc + m * 2 * kWidth + kWidth, &before[1]);
+      sum[m][0] += before[0];
+      sum[m][1] += before[1];
     }
   }
 #pragma GCC unroll 16
@@ -244,16 +122,15 @@ FASTRES_INLINE void multiply_point(const WinogradPlan& p, const E* v, int64_t wo
   const float* next = u + p.words * kDirectBlock;
   for (int64_t i = 0; i < pieces; ++i) {
     const int64_t count = ceil_div(last - first, pieces - i);
-    winograd_any_products<Pairs>(count, reinterpret_cast<const char*>(v + first * p.pixel), p.pixel * static_cast<int64_t>(sizeof(E)),
-                                 words, u, next + i * step * words, step, start, m + first * kDirectBlock);
+    for (int64_t k = 0; k < words; k += kWinogradChain) {
+      const int64_t n = min64(kWinogradChain, words - k);
+      winograd_any_products<Pairs>(count, reinterpret_cast<const char*>(v + first * p.pixel) + 4 * k,
+                                   p.pixel * static_cast<int64_t>(sizeof(E)), n, u + k * kDirectBlock, next, step, start && k == 0,
+                                   m + first * kDirectBlock);
+      next += step * n;
+    }
     first += count;
   }
-}
-
-// Whether a short side has point i of the full set.
-template <class F>
-FASTRES_INLINE bool has_point(int i, int side) {
-  return i < side - 1 || i == F::kIn - 1;
 }
 
 template <class F, class T, bool Pairs>
