@@ -147,9 +147,8 @@ def peers_table(rows: list[Row]) -> Iterator[str]:
     from fastres.evaluate.peers.table import markdown
 
     yield from markdown(rows)
-    if PEERS_PLOT.exists():
-        yield ""
-        yield "![Inference times of fastres and other runtimes](docs/images/peers.svg)"
+    yield ""
+    yield "![Inference times of fastres and other runtimes](docs/images/peers.svg)"
 
 
 def draw() -> None:

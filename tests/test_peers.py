@@ -116,6 +116,30 @@ def test_modules_run_without_plans(reference, monkeypatch):
     assert seen == ["OFF"] and os.environ["FASTRES_PLAN"] == "AUTO"
 
 
+def test_a_backend_leaves_nothing_to_the_next_that_compiles(reference, monkeypatch):
+    from torch._inductor import config
+
+    seen = []
+
+    def compile_(model, **options):
+        def call(x):
+            seen.append((config.freezing, config.joint_custom_post_pass))
+            config.joint_custom_post_pass = str  # zentorch does this, and leaves it there
+            return model(x)
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", compile_)
+    before = config.freezing, config.joint_custom_post_pass
+    try:
+        for _ in range(2):
+            contenders.compiled(reference.problem(1, "fp32"))
+            assert (config.freezing, config.joint_custom_post_pass) == before
+    finally:
+        config.joint_custom_post_pass = before[1]
+    assert seen == [(True, None)] * 2
+
+
 def test_ratios_are_of_the_same_round():
     ours, theirs = Run(PLAN, seconds=[1.0, 2.0, 4.0]), Run("eager", seconds=[2.0, 4.0, 8.0])
     assert measuring.paired(theirs, ours) == {"median": 2.0, "low": 2.0, "high": 2.0}

@@ -94,6 +94,11 @@ def test_cells_and_notes():
     assert "6 products" not in "\n".join(roofline.notes(LIMITS, "bf16", lines))
     fast = roofline.lines_of([step(seconds=1e-9)], "fp32", LIMITS)
     assert "More than 100 %" in roofline.notes(LIMITS, "fp32", fast)[-1]
+    assert "Winograd" not in text
+    assert (
+        "direct convolution"
+        in roofline.notes(LIMITS, "fp32", roofline.lines_of([step(kernel="winograd4")], "fp32", LIMITS))[-1]
+    )
 
 
 def test_the_plot_repeats(tmp_path):

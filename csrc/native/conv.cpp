@@ -42,14 +42,20 @@ void* weight_scratch(size_t bytes) {
 const ConvKernel& find_conv(const Conv& conv, const std::string& name) {
   const ConvKernels& all = kernels().conv;
   std::string reasons, known;
+  const ConvKernel* unsuited = nullptr;
   for (int64_t i = 0; i < all.count; ++i) {
     const ConvKernel& kernel = *all.list[i];
     known += (known.empty() ? "" : ", ") + std::string(kernel.name);
     if (!name.empty() && name != kernel.name) continue;
     const char* reason = kernel.refusal(conv);
-    if (reason == nullptr) return kernel;
+    if (reason == nullptr) {
+      if (!name.empty() || kernel.suits == nullptr || kernel.suits(conv)) return kernel;
+      if (unsuited == nullptr) unsuited = &kernel;
+      continue;
+    }
     reasons += (reasons.empty() ? "" : "; ") + std::string(kernel.name) + ": " + reason;
   }
+  if (unsuited != nullptr) return *unsuited;
   if (reasons.empty()) throw std::runtime_error("no convolution kernel is called '" + name + "'; this instruction set has " + known);
   throw std::runtime_error("no convolution kernel serves this problem (" + reasons + ")");
 }

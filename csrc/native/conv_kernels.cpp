@@ -4,17 +4,17 @@
 #include "../../kernels/conv/cpu_grouped.h"
 #include "../../kernels/conv/cpu_grouped_amx.h"
 #include "../../kernels/conv/cpu_weight_gradient.h"
+#include "../../kernels/conv/cpu_winograd.h"
 
 namespace fastres::FASTRES_ISA {
 namespace {
 
 const ConvKernel* const list[] = {
+    &winograd4,
 #if defined(__AMX_BF16__)
-    &amx,
-    &grouped_amx,
+    &amx,       &grouped_amx,
 #endif
-    &direct,
-    &grouped,
+    &winograd2, &direct,      &grouped,
 };
 
 }  // namespace

@@ -54,6 +54,7 @@ inline Conv conv_of(const Checker& c, const Tensor& x, const Tensor& weight, con
   s.out_height = h / s.stride_h + 1;
   s.out_width = w / s.stride_w + 1;
   conv.bfloat16 = is_bfloat16(x);
+  conv.packed_for_one = true;
   conv.threads = static_cast<int>(torch::stable::get_num_threads());
   return conv;
 }

@@ -149,6 +149,8 @@ def notes(limits: Limits, dtype: str, lines: Sequence[Line]) -> list[str]:
             f"The kernel amx computes an fp32 convolution as {TILE_PRODUCTS} products of bf16 parts on tiles: the limit "
             f"is the peak of bf16 tiles / {TILE_PRODUCTS}."
         )
+    if any("winograd" in line.kernel for line in lines):
+        found.append("GFLOP/s of Winograd kernels are those of the direct convolution; they do fewer operations.")
     if any(line.fraction > 1 for line in lines):
         found.append(
             "More than 100 %: data that was still in a nearer cache than its size says, or an algorithm with fewer "

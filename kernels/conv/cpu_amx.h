@@ -34,6 +34,13 @@ struct alignas(64) AmxConfig {
   uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
 
+// The compiler takes only the first bytes of the configuration for read: all of it must be in memory before.
+FASTRES_INLINE void configure_tiles() {
+  const AmxConfig config;
+  asm volatile("" : : "m"(config) : "memory");
+  _tile_loadconfig(&config);
+}
+
 // What one call of the inner kernel needs.
 struct AmxBlock {
   const bf16* a[2];        // first positions of the two tiles
@@ -252,8 +259,7 @@ void run_amx(const Conv& c, int64_t begin, int64_t end, void* scratch) {
                        reinterpret_cast<float*>(base + at.acc),
                        {reinterpret_cast<float*>(base + at.sums), g.blocks * kAmxBlock},
                        base + at.panel};
-  const AmxConfig config;
-  _tile_loadconfig(&config);
+  configure_tiles();
   for (int64_t task = begin; task < end; ++task) {
     const Band b = band_of(g, task);
     const int64_t count = cut_into_tiles(g, b, run.tiles);
@@ -328,7 +334,7 @@ inline void amx_run(const Conv& c, int64_t begin, int64_t end, void* scratch) {
   c.bfloat16 ? run_amx<bf16>(c, begin, end, scratch) : run_amx<float>(c, begin, end, scratch);
 }
 
-static const ConvKernel amx = {"amx", amx_refusal, amx_packed_bytes, amx_pack_items, amx_pack, amx_scratch, amx_tasks, amx_run};
+static const ConvKernel amx = {"amx", amx_refusal, amx_packed_bytes, amx_pack_items, amx_pack, amx_scratch, amx_tasks, amx_run, nullptr};
 
 }  // namespace fastres::FASTRES_ISA
 

@@ -25,6 +25,7 @@ struct Conv {
   ConvShape shape;
   bool bfloat16;  // dtype of x, residual, y (and of grad pieces below); float otherwise. Everything else is float.
   bool relu;
+  bool packed_for_one;   // weights are packed for this call alone, so that packing must be cheap
   int threads;           // how many threads share the tasks: 1 asks for the largest blocks
   const void* x;         // [N, H, W, C]
   const void* weights;   // packed by this kernel for this shape's C, K, R, S, groups and dtype
@@ -82,6 +83,8 @@ struct ConvKernel {
   int64_t (*scratch_bytes)(const Conv&);
   int64_t (*tasks)(const Conv&);
   void (*run)(const Conv&, int64_t begin, int64_t end, void* scratch);
+  // Whether a problem it serves suits it; where it does not, a kernel behind it is preferred. Null: always.
+  bool (*suits)(const Conv&);
 };
 
 // The gradient of the weights of conv(prologue(x), w): input is the forward's problem (shape, x and prologue), gradient describes grad_y

@@ -67,7 +67,7 @@ PanelFormat direct_format(bool bfloat16) {
 // The registers: M positions x 2 vectors. a: the first position, `stride` bytes from position to position; u: the block's weights.
 template <bool Pairs, int M>
 __attribute__((noinline)) void direct_tile(const char* a, int64_t stride, const int64_t* offsets, int64_t runs, int64_t words,
-                                           const float* u, float* acc) {
+                                           const float* u, float* acc, bool first) {
   using P = Product<Pairs>;
   Vec sum[M][2] = {};
   const int64_t stride3 = 3 * stride;
@@ -91,18 +91,36 @@ __attribute__((noinline)) void direct_tile(const char* a, int64_t stride, const 
   }
 #pragma GCC unroll 16
   for (int m = 0; m < M; ++m) {
-    store(acc + m * 2 * kWidth, sum[m][0]);
-    store(acc + m * 2 * kWidth + kWidth, sum[m][1]);
+    for (int i = 0; i < 2; ++i) {
+      float* at = acc + m * 2 * kWidth + i * kWidth;
+      Vec before{};
+      if (!first) load(at, &before);
+      store(at, sum[m][i] + before);
+    }
   }
 }
 
 template <bool Pairs, int M = kDirectTile>
 FASTRES_INLINE void direct_any_tile(int count, const char* a, int64_t stride, const int64_t* offsets, int64_t runs, int64_t words,
-                                    const float* u, float* acc) {
+                                    const float* u, float* acc, bool first) {
   if constexpr (M > 1) {
-    if (count < M) return direct_any_tile<Pairs, M - 1>(count, a, stride, offsets, runs, words, u, acc);
+    if (count < M) return direct_any_tile<Pairs, M - 1>(count, a, stride, offsets, runs, words, u, acc, first);
   }
-  direct_tile<Pairs, M>(a, stride, offsets, runs, words, u, acc);
+  direct_tile<Pairs, M>(a, stride, offsets, runs, words, u, acc, first);
+}
+
+// All of K in chains of at most kChain products, because the error of a chain of float sums grows with its length.
+template <bool Pairs>
+FASTRES_INLINE void direct_chains(int count, const char* a, int64_t stride, const int64_t* offsets, int64_t runs, int64_t words,
+                                  const float* u, float* acc) {
+  constexpr int64_t kChain = 512;
+  const int64_t runs_at_once = max64(1, kChain / words);
+  for (int64_t r = 0; r < runs; r += runs_at_once) {
+    for (int64_t k = 0; k < words; k += kChain) {
+      direct_any_tile<Pairs>(count, a + 4 * k, stride, offsets + r, min64(runs_at_once, runs - r), min64(kChain, words - k),
+                             u + (r * words + k) * kDirectBlock, acc, r + k == 0);
+    }
+  }
 }
 
 // A task's scratch, in order: run offsets, tiles, accumulators, sums, panel.
@@ -163,8 +181,8 @@ void run_direct(const Conv& c, int64_t begin, int64_t end, void* scratch) {
         const int64_t k0 = block * kDirectBlock, channels = min64(kDirectBlock, c.shape.out_channels - k0);
         for (int64_t i = 0; i < count; ++i) {
           const Tile& t = tiles[i];
-          direct_any_tile<Pairs>(t.count, panel + t.v * g.pixel * static_cast<int64_t>(sizeof(E)),
-                                 g.pixel * static_cast<int64_t>(sizeof(E)), offsets, g.runs, words, u, acc);
+          direct_chains<Pairs>(t.count, panel + t.v * g.pixel * static_cast<int64_t>(sizeof(E)), g.pixel * static_cast<int64_t>(sizeof(E)),
+                               offsets, g.runs, words, u, acc);
           finish_tile<T, end_kind, residual>(c, t, acc, kDirectBlock, k0, channels, sums);
         }
       }
@@ -261,7 +279,7 @@ inline void direct_run(const Conv& c, int64_t begin, int64_t end, void* scratch)
   }
 }
 
-static const ConvKernel direct = {"direct",    direct_refusal, direct_packed_bytes, direct_pack_items,
-                                  direct_pack, direct_scratch, direct_tasks,        direct_run};
+static const ConvKernel direct = {
+    "direct", direct_refusal, direct_packed_bytes, direct_pack_items, direct_pack, direct_scratch, direct_tasks, direct_run, nullptr};
 
 }  // namespace fastres::FASTRES_ISA

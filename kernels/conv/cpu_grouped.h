@@ -234,7 +234,8 @@ inline void grouped_run(const Conv& c, int64_t begin, int64_t end, void* scratch
   c.bfloat16 ? run_grouped<bf16>(c, begin, end, scratch) : run_grouped<float>(c, begin, end, scratch);
 }
 
-static const ConvKernel grouped = {"grouped",    grouped_refusal, grouped_packed_bytes, grouped_pack_items,
-                                   grouped_pack, grouped_scratch, grouped_tasks,        grouped_run};
+static const ConvKernel grouped = {"grouped",          grouped_refusal, grouped_packed_bytes,
+                                   grouped_pack_items, grouped_pack,    grouped_scratch,
+                                   grouped_tasks,      grouped_run,     nullptr};
 
 }  // namespace fastres::FASTRES_ISA

@@ -95,8 +95,7 @@ void run_grouped_amx(const Conv& c, int64_t begin, int64_t end, void* scratch) {
   int64_t* offsets = reinterpret_cast<int64_t*>(base + at.offsets);
   Tile* tiles = reinterpret_cast<Tile*>(base + at.tiles);
   const Sums sums{reinterpret_cast<float*>(base + at.sums), g.blocks * groups.out};
-  const AmxConfig config;
-  _tile_loadconfig(&config);
+  configure_tiles();
   for (int64_t task = begin; task < end; ++task) {
     const Band b = band_of(g, task);
     const int64_t count = cut_into_tiles(g, b, tiles), per_run = groups.in / 32;
@@ -194,8 +193,9 @@ inline void grouped_amx_run(const Conv& c, int64_t begin, int64_t end, void* scr
   c.bfloat16 ? run_grouped_amx<bf16>(c, begin, end, scratch) : run_grouped_amx<float>(c, begin, end, scratch);
 }
 
-static const ConvKernel grouped_amx = {"grouped_amx",    grouped_amx_refusal, grouped_amx_packed_bytes, grouped_amx_pack_items,
-                                       grouped_amx_pack, grouped_amx_scratch, grouped_amx_tasks,        grouped_amx_run};
+static const ConvKernel grouped_amx = {"grouped_amx",          grouped_amx_refusal, grouped_amx_packed_bytes,
+                                       grouped_amx_pack_items, grouped_amx_pack,    grouped_amx_scratch,
+                                       grouped_amx_tasks,      grouped_amx_run,     nullptr};
 
 }  // namespace fastres::FASTRES_ISA
 

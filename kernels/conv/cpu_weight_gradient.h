@@ -331,8 +331,7 @@ inline int64_t weight_gradient_elements(const WeightGradient& p) { return gradie
 
 inline void weight_gradient_run(const WeightGradient& p, int64_t task, void* scratch, float* partial) {
   const GradientCut cut = gradient_cut(p);
-  const AmxConfig config;
-  _tile_loadconfig(&config);
+  configure_tiles();
   float* out = partial + task / cut.splits * gradient_elements(cut);
   if (p.input.bfloat16) {
     GradientTask<bf16>{p, cut, gradient_scratch_of(p, cut), static_cast<char*>(scratch)}.run(task, out);

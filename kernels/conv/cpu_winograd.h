@@ -292,11 +292,21 @@ inline const char* winograd2_refusal(const Conv& c) { return c.bfloat16 ? winogr
 using Winograd4 = WinogradKernel<WinogradTile4, false>;
 using Winograd2 = WinogradKernel<WinogradTile2, kMultipliesPairs>;
 
+// With few tiles the transformed weights, several times the others, are read for too few products.
+template <int64_t Size>
+bool winograd_suits(const Conv& c) {
+  constexpr int64_t kFewTiles = 16;
+  const ConvShape& s = c.shape;
+  return !c.packed_for_one && s.images * ceil_div(s.out_height, Size) * ceil_div(s.out_width, Size) >= kFewTiles;
+}
+
 static const ConvKernel winograd4 = {
-    "winograd4",     winograd4_refusal,        Winograd4::packed_bytes, Winograd4::pack_items,
-    Winograd4::pack, Winograd4::scratch_bytes, Winograd4::tasks,        run_winograd<WinogradTile4, float, false>};
+    "winograd4",      winograd4_refusal,        Winograd4::packed_bytes, Winograd4::pack_items,
+    Winograd4::pack,  Winograd4::scratch_bytes, Winograd4::tasks,        run_winograd<WinogradTile4, float, false>,
+    winograd_suits<4>};
 static const ConvKernel winograd2 = {
-    "winograd2",     winograd2_refusal,        Winograd2::packed_bytes, Winograd2::pack_items,
-    Winograd2::pack, Winograd2::scratch_bytes, Winograd2::tasks,        run_winograd<WinogradTile2, bf16, kMultipliesPairs>};
+    "winograd2",      winograd2_refusal,        Winograd2::packed_bytes, Winograd2::pack_items,
+    Winograd2::pack,  Winograd2::scratch_bytes, Winograd2::tasks,        run_winograd<WinogradTile2, bf16, kMultipliesPairs>,
+    winograd_suits<2>};
 
 }  // namespace fastres::FASTRES_ISA

@@ -125,9 +125,9 @@ def _inference(function: Callable[[Tensor], Any], x: Tensor) -> Call:
 
 
 def fastres_plan(problem: Problem) -> Call:
-    """One call into C++ for the whole network."""
-    model, x = problem.prepared()
-    return _inference(fastres.compile(model, x), x)
+    """One call into C++ for the whole network; from float32 weights and images also in bf16, as OpenVINO."""
+    x = problem.images
+    return _inference(fastres.compile(problem.model, x, dtype=DTYPES[problem.dtype]), x)
 
 
 @contextmanager
