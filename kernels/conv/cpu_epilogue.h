@@ -109,6 +109,25 @@ FASTRES_INLINE void finish_pair(const Conv& c, const Tile& t, const float* acc, 
   for (int32_t j = 0; j < t.count; ++j) {
     if (t.out[j] < 0) continue;
     const int64_t at = t.out[j] * K;
+#if defined(__AVX512BF16__)
+    if constexpr (sizeof(T) == sizeof(bf16)) {  // 32 channels are one load of the residual and one store
+      Vec x[2], r[2] = {};
+      load(acc + j * row, &x[0]);
+      load(acc + j * row + kWidth, &x[1]);
+      if constexpr (HasResidual) {
+        load(residual + at, &r[0]);
+        load(residual + at + kWidth, &r[1]);
+      }
+      for (int i = 0; i < 2; ++i) {
+        x[i] += bias[i];
+        if constexpr (HasResidual) x[i] += r[i];
+        x[i] = (Vec)_mm512_max_ps((__m512)low, (__m512)x[i]);  // NaN in the second operand stays
+      }
+      const __m512bh both = _mm512_cvtne2ps_pbh((__m512)x[1], (__m512)x[0]);
+      __builtin_memcpy(y + at, &both, sizeof both);
+      continue;
+    }
+#endif
     for (int i = 0; i < 2; ++i) {
       Vec x, r;
       load(acc + j * row + i * kWidth, &x);

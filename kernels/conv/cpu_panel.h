@@ -216,6 +216,32 @@ void pack_band(const Conv& c, const Geometry& g, const Band& b, PanelWriter& w) 
 
 // Packing by columns. The row buffer holds the band's input rows with their padding, [rows, (W + 2 pad)*C]; then each output position
 // gets its R pieces of S*C neighbouring elements (or R*S pieces of C where taps are dilated).
+#if defined(__AVX512BW__)
+// Pieces of at most one vector: row after row of taps, so that each is a plain stream of loads and stores. What is written past a piece
+// lies under the next one or under the zeros at the end.
+template <class E>
+FASTRES_INLINE void copy_pieces(const ConvShape& s, const E* from, int64_t width, int64_t piece, int64_t length, int64_t pixel, E* to) {
+  constexpr int64_t step = kVectorBytes / static_cast<int64_t>(sizeof(E));
+  const int64_t stride = s.stride_w * s.in_channels;
+  for (int64_t r = 0; r < s.kernel_h; ++r) {
+    const E* row = from + r * s.dilation_h * width;
+    E* out = to + r * piece;
+    for (int64_t q = 0; q < s.out_width; ++q) __builtin_memcpy(out + q * pixel, row + q * stride, kVectorBytes);
+  }
+  for (int64_t n = pixel - length, at = length; n > 0; n -= step, at += step) {
+    const int64_t lanes = min64(n, step);
+    for (int64_t q = 0; q < s.out_width; ++q) {
+      E* out = to + q * pixel + at;
+      if constexpr (sizeof(E) == 2) {
+        _mm512_mask_storeu_epi16(out, static_cast<__mmask32>((uint64_t{1} << lanes) - 1), _mm512_setzero_si512());
+      } else {
+        _mm512_mask_storeu_ps(out, static_cast<__mmask16>((1u << lanes) - 1), _mm512_setzero_ps());
+      }
+    }
+  }
+}
+#endif
+
 template <class Panel, Reads R, class T>
 void pack_columns(const Conv& c, const Geometry& g, const Band& b, PanelWriter& w) {
   using E = typename Panel::Element;
@@ -258,6 +284,15 @@ void pack_columns(const Conv& c, const Geometry& g, const Band& b, PanelWriter& 
       const E* from = static_cast<const E*>(buffer.panel) + plane * buffer.plane;
       E* to = static_cast<E*>(w.panel) + plane * w.plane + i * b.rows * s.out_width * g.pixel;
       for (int64_t p = 0; p < b.rows; ++p) {
+#if defined(__AVX512BW__)
+        // The last piece's vector must end inside the pixel, or it would spill into the next one, which is written already.
+        if (pieces == 1 && piece * static_cast<int64_t>(sizeof(E)) <= kVectorBytes &&
+            length - piece + kVectorBytes / static_cast<int64_t>(sizeof(E)) <= g.pixel) {
+          copy_pieces(s, from + p * s.stride_h * width, width, piece, length, g.pixel, to);
+          to += s.out_width * g.pixel;
+          continue;
+        }
+#endif
         for (int64_t q = 0; q < s.out_width; ++q, to += g.pixel) {
           E* out = to;
           for (int64_t r = 0; r < s.kernel_h; ++r) {
