@@ -14,7 +14,7 @@ from fastres.evaluate.peers.memory import memory_row
 
 NETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 BATCHES = (1, 8, 32)
-QUICK_NETS, QUICK_BATCHES = ("resnet18", "resnet50"), (1, 8)
+QUICK_NETS, QUICK_BATCHES = ("resnet18", "resnet34", "resnet50", "resnet152"), (1, 8)
 LEAST_ROUNDS = 9  # of --full, unless --rounds says otherwise
 MEMORY_BATCH = 8
 _references: dict[str, Reference] = {}

@@ -146,7 +146,9 @@ FASTRES_INLINE Geometry geometry_of(const Conv& c, const PanelFormat& format) {
   } else {
     g.runs = s.kernel_h * s.kernel_w;
     g.run = round_up(g.chunk, format.unit);
-    g.in_place = flat && format.in_place && s.in_channels % format.unit == 0 && c.scale == nullptr && c.offset == nullptr;
+    // Whole tiles are read where tiles may span rows: a smaller x has to be copied.
+    const bool enough = !format.spans_rows || s.out_height >= format.tile;
+    g.in_place = flat && enough && format.in_place && s.in_channels % format.unit == 0 && c.scale == nullptr && c.offset == nullptr;
     // Rows of a tile a multiple of 256 bytes apart would share few sets of the first cache.
     const bool aliased = g.run * format.element % 256 == 0;
     g.pixel = g.in_place ? s.in_channels : g.run + (aliased ? 64 / format.element : 0);
