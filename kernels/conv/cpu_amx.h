@@ -278,6 +278,9 @@ FASTRES_INLINE Geometry amx_geometry(const Conv& c) { return geometry_of(c, amx_
 
 inline const char* amx_refusal(const Conv& c) { return direct_refusal(c); }
 
+// With few positions time goes into reading the weights, which are 6 bytes each here for float and 4 in the direct kernel.
+inline bool amx_suits(const Conv& c) { return c.bfloat16 || c.shape.images * c.shape.out_height * c.shape.out_width >= 8; }
+
 inline int64_t amx_packed_bytes(const ConvShape& s, bool bfloat16) {
   const Geometry g = amx_geometry(packing_problem(s, bfloat16));
   return g.blocks * amx_block_elements(g, bfloat16 ? 1 : 3) * 2;
@@ -334,7 +337,7 @@ inline void amx_run(const Conv& c, int64_t begin, int64_t end, void* scratch) {
   c.bfloat16 ? run_amx<bf16>(c, begin, end, scratch) : run_amx<float>(c, begin, end, scratch);
 }
 
-static const ConvKernel amx = {"amx", amx_refusal, amx_packed_bytes, amx_pack_items, amx_pack, amx_scratch, amx_tasks, amx_run, nullptr};
+static const ConvKernel amx = {"amx", amx_refusal, amx_packed_bytes, amx_pack_items, amx_pack, amx_scratch, amx_tasks, amx_run, amx_suits};
 
 }  // namespace fastres::FASTRES_ISA
 

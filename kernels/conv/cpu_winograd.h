@@ -295,7 +295,7 @@ using Winograd2 = WinogradKernel<WinogradTile2, kMultipliesPairs>;
 // With few tiles the transformed weights, several times the others, are read for too few products.
 template <int64_t Size>
 bool winograd_suits(const Conv& c) {
-  constexpr int64_t kFewTiles = 16;
+  constexpr int64_t kFewTiles = 32;
   const ConvShape& s = c.shape;
   return !c.packed_for_one && s.images * ceil_div(s.out_height, Size) * ceil_div(s.out_width, Size) >= kFewTiles;
 }

@@ -168,7 +168,9 @@ def _compiled(problem: Problem, **options: Any) -> Call:
 
     model, x = problem.prepared()
     call = _inference(torch.compile(model, dynamic=False, **options), x)
-    with config.patch(freezing=True):  # it matters while the network is compiled, which is in the first call
+    # They matter while the network is compiled, which is in the first call. zentorch leaves its pass in the configuration,
+    # where it would change what the others compile from then on: here it is put back.
+    with config.patch(freezing=True, joint_custom_post_pass=None):
         call()
     return call
 
