@@ -132,11 +132,10 @@ def preference(problem: Problem) -> tuple[str, ...]:
         measured = tuning.choice(problem.key() or "")
         if measured in order:
             return (measured, *(b for b in order if b != measured))
-    # The engine has no gradients of grouped convolutions of its own; forward it was faster on the whole.
-    grouped_training = op == "conv_stats" and problem.groups > 1
-    # Measured: with AMX the engine is faster, except in bf16 training, where the library's gradients are.
-    engine_first = _library.isa() in _ENGINE_FIRST and (op, problem.dtype) != ("conv_stats", torch.bfloat16)
-    if op in _CONVS and device == "cpu" and (not engine_first or (op == "conv_stats" and problem.groups > 1)):
+    # Measured: with AMX the engine is faster, except in bf16 training, where the library's gradients are; of grouped
+    # convolutions it has no gradients of its own.
+    library_trains = op == "conv_stats" and (problem.dtype == torch.bfloat16 or problem.groups > 1)
+    if op in _CONVS and device == "cpu" and (library_trains or _library.isa() not in _ENGINE_FIRST):
         order = ("library", "native", "reference")
     return order
 
