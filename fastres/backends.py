@@ -60,10 +60,6 @@ class Problem:
     def of(cls, op: str, x: Tensor, conv: "Geometry | None" = None) -> "Problem":
         return cls(op, x.device.type, x.dtype, tuple(x.shape), conv)
 
-    @property
-    def groups(self) -> int:
-        return 1 if self.conv is None else self.conv.groups
-
     def key(self) -> str | None:
         """What :mod:`fastres.tuning` calls this convolution; ``None`` for other ops."""
         return None if self.conv is None else tuning.key(self.op, self.dtype, self.shape, *self.conv)
@@ -80,7 +76,7 @@ class Choice:
     refused: tuple[tuple[str, str], ...] = ()
 
 
-def refusal(backend: str, op: str, device: str, dtype: torch.dtype, groups: int = 1) -> str | None:
+def refusal(backend: str, op: str, device: str, dtype: torch.dtype) -> str | None:
     """``None`` if ``backend`` serves ``op`` on ``device`` in ``dtype``, else the reason in words."""
     if backend not in OPS[op].backends:
         return f"{backend} has no {op}"
@@ -134,7 +130,9 @@ def preference(problem: Problem) -> tuple[str, ...]:
             return (measured, *(b for b in order if b != measured))
     # Measured: with AMX the engine is faster, except in bf16 training, where the library's gradients are; of grouped
     # convolutions it has no gradients of its own.
-    library_trains = op == "conv_stats" and (problem.dtype == torch.bfloat16 or problem.groups > 1)
+    library_trains = op == "conv_stats" and (
+        problem.dtype == torch.bfloat16 or (problem.conv is not None and problem.conv.groups > 1)
+    )
     if op in _CONVS and device == "cpu" and (library_trains or _library.isa() not in _ENGINE_FIRST):
         order = ("library", "native", "reference")
     return order
@@ -147,12 +145,11 @@ def select(op: str, x: Tensor, conv: Geometry | None = None) -> Choice:
         BackendError: an explicitly requested backend has the op but can't serve the problem, or nobody can.
     """
     device, dtype = x.device.type, x.dtype
-    groups = 1 if conv is None else conv.groups
     want = requested()
     if want != AUTO and want in OPS[op].backends:
-        reason = refusal(want, op, device, dtype, groups)
+        reason = refusal(want, op, device, dtype)
         if reason is not None:
-            usable = [b for b in OPS[op].backends if refusal(b, op, device, dtype, groups) is None]
+            usable = [b for b in OPS[op].backends if refusal(b, op, device, dtype) is None]
             raise BackendError(
                 f"backend {want!r} was requested but can't serve {Problem.of(op, x, conv)}: {reason}. "
                 f"Usable here: {', '.join(usable) or 'none'}."
@@ -167,9 +164,8 @@ def select(op: str, x: Tensor, conv: Geometry | None = None) -> Choice:
 
 def _first_that_serves(op: str, x: Tensor, conv: Geometry | None) -> Choice:
     refused: list[tuple[str, str]] = []
-    groups = 1 if conv is None else conv.groups
     for backend in preference(Problem.of(op, x, conv)):
-        reason = refusal(backend, op, x.device.type, x.dtype, groups)
+        reason = refusal(backend, op, x.device.type, x.dtype)
         if reason is None:
             return Choice(backend, tuple(refused))
         refused.append((backend, reason))

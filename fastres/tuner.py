@@ -131,9 +131,8 @@ def _runner(problem: backends.Problem, backend: str) -> Callable[[], list[Tensor
 
 def _measure(layer: str, problem: backends.Problem, name: str, rounds: int) -> TunedRow:
     """Times the backends that serve a problem, in turns."""
-    groups = problem.groups
     names = [b for b in OPS[problem.op].backends if b != "reference"]
-    usable = [b for b in names if backends.refusal(b, problem.op, "cpu", problem.dtype, groups) is None]
+    usable = [b for b in names if backends.refusal(b, problem.op, "cpu", problem.dtype) is None]
     row = TunedRow(layer, name, "library", {})
     runners: dict[str, Callable[[], list[Tensor]]] = {}
     with torch.no_grad():

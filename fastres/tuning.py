@@ -7,7 +7,6 @@ counts as empty; ``fastres tune`` says so and writes it anew.
 
 import json
 import os
-import platform
 import tempfile
 from functools import cache
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 
 from fastres import _library
+from fastres._cpu import cpu_name
 from fastres._version import __version__
 from fastres.errors import InputError
 
@@ -36,13 +36,7 @@ def path() -> Path | None:
 @cache
 def fingerprint() -> str:
     """What a measurement holds for: processor, instruction set, versions."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    facts = {line.split(":")[0].strip(): line.split(":", 1)[1].strip() for line in lines if ":" in line}
-    cpu = facts.get("model name") or platform.processor() or platform.machine()
-    return f"{cpu}, {_library.isa()}, torch {torch.__version__}, fastres {__version__}"
+    return f"{cpu_name()}, {_library.isa()}, torch {torch.__version__}, fastres {__version__}"
 
 
 def key(

@@ -7,6 +7,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import importlib
 import random
+import subprocess
+import sys
 from types import ModuleType
 
 import pytest
@@ -24,6 +26,24 @@ def require(name: str) -> ModuleType:
         if os.environ.get("FASTRES_CI") == "1":
             pytest.fail(f"{message} (FASTRES_CI=1 asks for every test)", pytrace=False)
         pytest.skip(message)
+
+
+def run_with_isa(isa: str, code: str, **environment: str) -> None:
+    """Run Python code, which may import test modules, with an instruction set forced; fails as the code fails."""
+    code = f"import fastres\nassert fastres.build_info()['isa'] == {isa!r}\n{code}"
+    env = {**os.environ, "FASTRES_ISA": isa, **environment}
+    env["PYTHONPATH"] = os.pathsep.join([os.path.dirname(__file__), env.get("PYTHONPATH", "")])
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def rerun_with_isa(isa: str, file: str, selection: str) -> None:
+    """Run tests of a file with an instruction set forced."""
+    if os.environ.get("FASTRES_ISA"):
+        pytest.skip("already inside such a run")
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", file, "-k", selection]
+    done = subprocess.run(command, env={**os.environ, "FASTRES_ISA": isa}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:]
 
 
 @pytest.fixture(autouse=True)

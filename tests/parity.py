@@ -49,3 +49,20 @@ def assert_parity(ours: Tensor, peer: Tensor, truth: Tensor, what: str = "result
     """Fails with the figures unless ``ours`` passes the rule."""
     problem = check(ours.detach(), peer.detach(), truth.detach(), metric)
     assert problem is None, f"{what}: {problem}"
+
+
+def assert_network_parity(ours: dict[str, Tensor], peer: dict[str, Tensor], truth: dict[str, Tensor]) -> None:
+    """The rule for all gradients of a network, relative L2: a tensor's peer error counts as at least the peer's median.
+
+    Which parameters a flipped ReLU meets is chance: PyTorch's own two layouts break the rule tensor by tensor against
+    each other. What the peer's median says of the size of such errors is not.
+    """
+    errors = {k: error_of(peer[k], truth[k], "l2") for k in truth}
+    typical = sorted(errors.values())[len(errors) // 2]
+    for key, value in truth.items():
+        assert ours[key].shape == value.shape and ours[key].isfinite().all(), key
+        own, other = error_of(ours[key], value, "l2"), max(errors[key], typical)
+        floor = ULPS * torch.finfo(ours[key].dtype).eps
+        assert own <= SLACK * other + floor, (
+            f"{key}: error {own:.3g} (l2), allowed {SLACK:g} x {other:.3g} + {floor:.3g}"
+        )

@@ -1,13 +1,10 @@
 """Inference plans give what the networks give: parity against float64, shapes, dtypes, values, and refusals."""
 
 import copy
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
-from conftest import require
+from conftest import require, run_with_isa
 from fusion_cases import randomise
 from parity import assert_parity
 from torch import Tensor, nn
@@ -293,17 +290,13 @@ def test_kernels_by_name():
 @pytest.mark.parametrize("isa", fastres.build_info()["isa_supported"])
 def test_instruction_sets(isa):
     code = (
-        "import torch, fastres; from test_compile import *\n"
-        f"assert fastres.build_info()['isa'] == {isa!r}\n"
+        "from test_compile import *\n"
         "for dtype in DTYPES:\n"
         "    model = randomise(fastres.create_model('resnet20')).eval().to(dtype)\n"
         "    check(model, images(3, 3, 17, 20, dtype=dtype))\n"
         "    check(randomise(Odd()).eval().to(dtype), images(3, 5, 13, 17, dtype=dtype))\n"
     )
-    env = {**os.environ, "FASTRES_ISA": isa, "FASTRES_PLAN": "OFF"}
-    env["PYTHONPATH"] = os.pathsep.join([os.path.dirname(__file__), env.get("PYTHONPATH", "")])
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    run_with_isa(isa, code, FASTRES_PLAN="OFF")
 
 
 def test_a_float32_network_in_bfloat16():

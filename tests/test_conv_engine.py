@@ -1,13 +1,11 @@
 """The convolution engine, kernel by kernel: values, exact integers, magnitudes, infinities, layouts, threads, errors."""
 
-import os
-import subprocess
-import sys
 from typing import NamedTuple
 
 import pytest
 import torch
 from cases import DTYPES, LAYOUTS, lay_out
+from conftest import run_with_isa
 from parity import assert_parity
 from torch import Tensor
 
@@ -275,11 +273,7 @@ def compact() -> None:
 
 @pytest.mark.parametrize("isa", fastres.build_info()["isa_supported"])
 def test_instruction_sets(isa):
-    code = f"from test_conv_engine import *\nassert fastres.build_info()['isa'] == {isa!r}\ncompact()\n"
-    env = {**os.environ, "FASTRES_ISA": isa}
-    env["PYTHONPATH"] = os.pathsep.join([os.path.dirname(__file__), env.get("PYTHONPATH", "")])
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    run_with_isa(isa, "from test_conv_engine import *\ncompact()")
 
 
 def test_errors():

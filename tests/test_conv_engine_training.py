@@ -1,13 +1,11 @@
 """conv_stats and conv_act by the convolution engine: values, statistics and every gradient against float64."""
 
-import os
-import subprocess
-import sys
 from itertools import product
 
 import pytest
 import torch
 from cases import DTYPES, random_map, random_vectors
+from conftest import run_with_isa
 from parity import assert_parity
 from test_conv_engine import GROUPED, PLAIN, Case, out_shape
 
@@ -189,11 +187,7 @@ def compact() -> None:
 
 @pytest.mark.parametrize("isa", fastres.build_info()["isa_supported"])
 def test_instruction_sets(isa):
-    code = f"from test_conv_engine_training import *\nassert fastres.build_info()['isa'] == {isa!r}\ncompact()\n"
-    env = {**os.environ, "FASTRES_ISA": isa}
-    env["PYTHONPATH"] = os.pathsep.join([os.path.dirname(__file__), env.get("PYTHONPATH", "")])
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    run_with_isa(isa, "from test_conv_engine_training import *\ncompact()")
 
 
 def test_errors():

@@ -3,12 +3,11 @@
 import itertools
 import math
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import rerun_with_isa
 
 import fastres
 from fastres import _library
@@ -127,19 +126,4 @@ def test_refuses_in_words(kernel):
 @pytest.mark.parametrize("isa", [i for i in fastres.build_info()["isa_supported"] if i != fastres.build_info()["isa"]])
 def test_other_instruction_sets(isa):
     """The tests above, with a lower instruction set forced."""
-    if os.environ.get("FASTRES_ISA"):
-        pytest.skip("already inside such a run")
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-x",
-        "-p",
-        "no:cacheprovider",
-        __file__,
-        "-k",
-        "not instruction_sets",
-    ]
-    done = subprocess.run(command, env={**os.environ, "FASTRES_ISA": isa}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-3000:]
+    rerun_with_isa(isa, __file__, "not instruction_sets")

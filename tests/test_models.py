@@ -7,7 +7,7 @@ import pickle
 import pytest
 import torch
 import torchvision
-from parity import assert_parity
+from parity import assert_network_parity, assert_parity
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -77,8 +77,7 @@ def test_training_step_by_the_tolerance_rule(name, memory):
         outputs.append(out)
         grads.append({"input": xs.grad} | {k: p.grad for k, p in model.named_parameters()})
     assert_parity(*outputs, what="logits")
-    for key in grads[0]:
-        assert_parity(*(g[key] for g in grads), what=key, metric="l2")
+    assert_network_parity(*grads)
     for (key, a), b, c in zip(fused.named_buffers(), plain.buffers(), truth.buffers(), strict=True):
         if a.is_floating_point():
             assert_parity(a, b, c, what=key)

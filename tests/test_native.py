@@ -7,6 +7,7 @@ import sys
 import native_cases as cases
 import pytest
 import torch
+from conftest import rerun_with_isa
 from native_cases import DTYPES, FORMATS, NAMES, OPS, SHAPES
 
 import fastres
@@ -335,12 +336,7 @@ def python(code: str, **environment: str) -> str:
 @pytest.mark.parametrize("isa", [i for i in fastres.build_info()["isa_supported"] if i != fastres.build_info()["isa"]])
 def test_other_instruction_sets(isa):
     """The exact tests above, with a lower instruction set forced."""
-    if os.environ.get("FASTRES_ISA"):
-        pytest.skip("already inside such a run")
-    selection = "exact or stats or threads or masks or nan or rounding"
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", selection]
-    done = subprocess.run(command, env={**os.environ, "FASTRES_ISA": isa}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-3000:]
+    rerun_with_isa(isa, __file__, "exact or stats or threads or masks or nan or rounding")
     assert python("import fastres; print(fastres.build_info()['isa'])", FASTRES_ISA=isa) == isa
 
 

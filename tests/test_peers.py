@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from conftest import require
 
 from fastres.cli import main
 from fastres.evaluate.peers import CONTENDERS, LIMITS, PEERS, PLAN, Reference, Run, contenders, measuring, table
@@ -85,7 +86,7 @@ def test_a_peer_that_crashes_gives_its_reason(reference, monkeypatch):
 
 @pytest.mark.parametrize(("name", "dtype"), [("openvino", "fp32"), ("openvino", "bf16"), ("onnxruntime", "fp32")])
 def test_installed_runtimes_agree(reference, name, dtype):
-    pytest.importorskip(name)
+    require(name)
     (run,) = measuring.prepare(reference.problem(3, dtype), [name])
     assert run.reason is None and run.error <= LIMITS[dtype]
 

@@ -42,22 +42,14 @@ Tensor backward(OptionalTensor grad_y, Tensor y, Tensor mean, OptionalTensor gra
   Tensor out = empty_like_format(y, format);
   if (y.numel() == 0) return out;
   const Shape s = shape_of(y, format);
-  const int64_t C = s.channels;
-  const double n = static_cast<double>(rows_of(s));
-  std::vector<float> offset(C, 0.0f), slope(C, 0.0f);
-  const float* gm = grad_mean ? grad_mean->const_data_ptr<float>() : nullptr;
-  const float* gv = grad_var ? grad_var->const_data_ptr<float>() : nullptr;
-  for (int64_t i = 0; i < C; ++i) {
-    if (gm) offset[i] = static_cast<float>(gm[i] / n);
-    if (gv) slope[i] = static_cast<float>(2.0 * gv[i] / n);
-  }
+  const StatisticsShare share(grad_mean, grad_var, s.channels, static_cast<double>(rows_of(s)));
   const ChannelStatsBackward problem{s,
                                      is_bfloat16(y),
                                      grad_y ? grad_y->const_data_ptr() : nullptr,
                                      y.const_data_ptr(),
                                      mean.const_data_ptr<float>(),
-                                     offset.data(),
-                                     slope.data(),
+                                     share.offset.data(),
+                                     share.slope.data(),
                                      out.mutable_data_ptr()};
   run_items(table.channel_stats_backward, problem, items_of(s), elements_of_item(s));
   return out;

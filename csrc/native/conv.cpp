@@ -1,42 +1,34 @@
 #include "conv.h"
 
 #include <atomic>
-#include <cstdlib>
-#include <new>
 #include <stdexcept>
 
 #include <torch/csrc/stable/ops.h>
 
+#include "memory.h"
+
 namespace fastres {
-
-AlignedBuffer::AlignedBuffer(size_t bytes) : bytes_((bytes + 63) / 64 * 64) {
-  if (bytes_ == 0) return;
-  memory_.reset(std::aligned_alloc(64, bytes_));
-  if (!memory_) throw std::bad_alloc();
-}
-
-void AlignedBuffer::Free::operator()(void* p) const { std::free(p); }
 
 namespace {
 
-void* grown(AlignedBuffer& buffer, size_t bytes) {
-  if (buffer.bytes() < bytes) {
-    buffer = AlignedBuffer();  // the old one goes first
-    buffer = AlignedBuffer(bytes);
+void* grown(Block& block, int64_t bytes) {
+  if (block.bytes() < bytes) {
+    block = Block();  // the old one goes first
+    block = Block(bytes);
   }
-  return buffer.get();
+  return block.get();
 }
 
 }  // namespace
 
-void* thread_scratch(size_t bytes) {
-  static thread_local AlignedBuffer buffer;
-  return grown(buffer, bytes);
+void* thread_scratch(int64_t bytes) {
+  static thread_local Block block;
+  return grown(block, bytes);
 }
 
-void* weight_scratch(size_t bytes) {
-  static thread_local AlignedBuffer buffer;
-  return grown(buffer, bytes);
+void* weight_scratch(int64_t bytes) {
+  static thread_local Block block;
+  return grown(block, bytes);
 }
 
 const ConvKernel& find_conv(const Conv& conv, const std::string& name) {
@@ -67,7 +59,7 @@ void pack_conv(const ConvKernel& kernel, const ConvShape& shape, bool bfloat16, 
 
 void run_conv(const ConvKernel& kernel, const Conv& conv) {
   const int64_t tasks = kernel.tasks(conv);
-  const size_t bytes = static_cast<size_t>(kernel.scratch_bytes(conv));
+  const int64_t bytes = kernel.scratch_bytes(conv);
   std::atomic<int64_t> next{0};
   torch::stable::parallel_for(0, min64(conv.threads, tasks), 1, [&](int64_t, int64_t) {
     void* scratch = nullptr;

@@ -1,7 +1,6 @@
 // What training needs of the convolution engine: conv_forward_native, conv_input_gradient_native and conv_weight_gradient_native. The
 // schemas are in fastres/ops/schemas.py; kernels/conv_stats/native.py puts them together.
 #include <atomic>
-#include <cmath>
 #include <tuple>
 #include <vector>
 
@@ -28,28 +27,6 @@ void set_prologue(Conv& conv, const std::optional<AffineTensors>& affine, bool r
   conv.center = a.center;
   conv.shift = a.shift;
   conv.prologue_relu = relu;
-}
-
-// Merges the tasks' rows [tasks, 4, K] (count, pivot, sum, sum of squares) into mean and biased variance, by Chan's formula in double.
-void merge_stats(const std::vector<float>& rows, int64_t tasks, int64_t K, float* mean_out, float* var_out) {
-  torch::stable::parallel_for(0, K, 64, [&](int64_t begin, int64_t end) {
-    for (int64_t k = begin; k < end; ++k) {
-      double n = 0, mean = 0, m2 = 0;
-      for (int64_t t = 0; t < tasks; ++t) {
-        const float* row = rows.data() + t * 4 * K + k;
-        const double count = row[0], sum = row[2 * K];
-        if (count == 0) continue;
-        const double other = row[K] + sum / count, other_m2 = row[3 * K] - sum * sum / count;
-        const double delta = other - mean, total = n + count;
-        mean += delta * count / total;
-        m2 += std::fmax(other_m2, 0.0) + delta * delta * n * count / total;
-        if (!(other_m2 == other_m2)) m2 = other_m2;  // NaN stays
-        n = total;
-      }
-      mean_out[k] = static_cast<float>(n > 0 ? mean : std::nan(""));
-      var_out[k] = static_cast<float>(n > 0 ? m2 / n : std::nan(""));
-    }
-  });
 }
 
 std::tuple<Tensor, Tensor, Tensor> forward(Tensor x, Tensor weight, OptionalTensor scale, OptionalTensor center, OptionalTensor shift,
@@ -80,7 +57,12 @@ std::tuple<Tensor, Tensor, Tensor> forward(Tensor x, Tensor weight, OptionalTens
     conv.weights = packed_weights(kernel, conv, wide.view);
     run_conv(kernel, conv);
   }
-  if (stats) merge_stats(rows, tasks, K, mean.mutable_data_ptr<float>(), var.mutable_data_ptr<float>());
+  if (stats) {
+    float* moments[2] = {mean.mutable_data_ptr<float>(), var.mutable_data_ptr<float>()};
+    over_channels(K, tasks, [&](int64_t begin, int64_t end) {
+      kernels().task_stats_merge(rows.data(), tasks, K, begin, end, moments[0], moments[1]);
+    });
+  }
   return {dense(y, format), mean, var};
 }
 
@@ -88,7 +70,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(Tensor x, Tensor weight, OptionalTens
 struct Gradient {
   Tensor g, y;
   OptionalTensor mean;
-  std::vector<float> offset, slope;
+  StatisticsShare share;
 
   Gradient(const Checker& c, Tensor grad_y, Tensor raw, const OptionalTensor& mean_, const OptionalTensor& grad_mean,
            const OptionalTensor& grad_var) {
@@ -101,16 +83,9 @@ struct Gradient {
     c.vector("mean", *mean_, grad_y);
     mean = mean_;
     y = dense(raw, MemoryFormat::ChannelsLast);
-    const int64_t K = g.size(1);
-    const double n = static_cast<double>(g.size(0)) * g.size(2) * g.size(3);
-    offset.assign(K, 0.0f);
-    slope.assign(K, 0.0f);
     if (grad_mean) c.vector("grad_mean", *grad_mean, grad_y);
     if (grad_var) c.vector("grad_var", *grad_var, grad_y);
-    for (int64_t k = 0; k < K; ++k) {
-      if (grad_mean) offset[k] = static_cast<float>(grad_mean->const_data_ptr<float>()[k] / n);
-      if (grad_var) slope[k] = static_cast<float>(2.0 * grad_var->const_data_ptr<float>()[k] / n);
-    }
+    share = StatisticsShare(grad_mean, grad_var, g.size(1), static_cast<double>(g.size(0)) * g.size(2) * g.size(3));
   }
 
   void read_by(Conv& conv) const {
@@ -118,8 +93,8 @@ struct Gradient {
     if (!mean) return;
     conv.raw = y.const_data_ptr();
     conv.mean = mean->const_data_ptr<float>();
-    conv.offset = offset.data();
-    conv.slope = slope.data();
+    conv.offset = share.offset.data();
+    conv.slope = share.slope.data();
   }
 };
 
@@ -182,13 +157,9 @@ std::tuple<Tensor, Tensor, Tensor> input_gradient(Tensor grad_y, Tensor y, Optio
   run_conv(kernel, conv);
   if (affine) {
     float* out[2] = {grad_scale.mutable_data_ptr<float>(), grad_shift.mutable_data_ptr<float>()};
-    for (int64_t i = 0; i < 2; ++i) {
-      for (int64_t k = 0; k < C; ++k) {
-        double sum = 0;
-        for (int64_t t = 0; t < tasks; ++t) sum += rows[(t * 2 + i) * C + k];
-        out[i][k] = static_cast<float>(sum);
-      }
-    }
+    over_channels(C, tasks, [&](int64_t begin, int64_t end) {
+      for (int64_t i = 0; i < 2; ++i) kernels().sum_parts(rows.data(), tasks, 2, i, C, begin, end, out[i]);
+    });
   }
   return {dense(dx, format), grad_scale, grad_shift};
 }

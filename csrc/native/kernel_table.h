@@ -16,6 +16,7 @@ struct KernelTable {
   void (*scale_shift_act_pool_backward)(const ScaleShiftActPoolBackward&, int64_t begin, int64_t end);
   void (*channel_stats)(const ChannelStats&, int64_t begin, int64_t end);
   void (*channel_stats_merge)(const ChannelStats&, int64_t begin, int64_t end, float* mean, float* var);
+  void (*task_stats_merge)(const float* rows, int64_t tasks, int64_t channels, int64_t begin, int64_t end, float* mean, float* var);
   void (*sum_parts)(const float* partial, int64_t parts, int64_t rows, int64_t row, int64_t channels, int64_t begin, int64_t end,
                     float* out);
   void (*channel_stats_backward)(const ChannelStatsBackward&, int64_t begin, int64_t end);

@@ -95,7 +95,7 @@ void stats_backward(const ChannelStatsBackward& p, int64_t begin, int64_t end) {
 extern const ConvKernels conv_kernels;  // conv_kernels.cpp
 extern const KernelTable kernel_table;
 const KernelTable kernel_table = {
-    forward,        backward,     pool<false>, pool<true>,   pool_backward, stats,     channel_stats_merge, sum_parts,
-    stats_backward, conv_kernels, map_input,   map_max_pool, map_mean_pool, map_place, &machine_kernels};
+    forward,   backward,       pool<false>,  pool<true>, pool_backward, stats,         channel_stats_merge, task_stats_merge,
+    sum_parts, stats_backward, conv_kernels, map_input,  map_max_pool,  map_mean_pool, map_place,           &machine_kernels};
 
 }  // namespace fastres::FASTRES_ISA

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <memory>
+#include <vector>
 
 #include "../common/tensors.h"
 #include "cpu.h"
@@ -20,6 +21,20 @@ inline Shape shape_of(const Tensor& y, MemoryFormat format) {
 inline Affine pointers(const AffineTensors& t) {
   return {t.scale.const_data_ptr<float>(), t.center.const_data_ptr<float>(), t.shift.const_data_ptr<float>()};
 }
+
+// What the gradients of mean and variance over n positions add to the gradient of y: offset + slope*(y - mean), per channel.
+struct StatisticsShare {
+  std::vector<float> offset, slope;
+
+  StatisticsShare() = default;
+  StatisticsShare(const OptionalTensor& grad_mean, const OptionalTensor& grad_var, int64_t channels, double n)
+      : offset(channels, 0.0f), slope(channels, 0.0f) {
+    for (int64_t i = 0; i < channels; ++i) {
+      if (grad_mean) offset[i] = static_cast<float>(grad_mean->const_data_ptr<float>()[i] / n);
+      if (grad_var) slope[i] = static_cast<float>(2.0 * grad_var->const_data_ptr<float>()[i] / n);
+    }
+  }
+};
 
 inline bool is_bfloat16(const Tensor& t) { return t.scalar_type() == ScalarType::BFloat16; }
 

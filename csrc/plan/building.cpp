@@ -59,6 +59,13 @@ const ConvKernel& Plan::kernel_for(const ConvShape& shape, bool linear, bool rel
   return find_conv(conv, name);
 }
 
+void Plan::check_residual(const std::string& name, int residual, const Map& out) const {
+  if (residual < 0) return;
+  check_value(residual);
+  const Map& r = map(residual);
+  require(r.height == out.height && r.width == out.width && r.channels == out.channels, name, ": what is added has another shape");
+}
+
 int Plan::add_conv(const std::string& name, int input, ConvShape s, bool linear, bool relu, int residual,
                    std::shared_ptr<const PackedWeights> weights, std::vector<float> bias) {
   check_value(input);
@@ -72,11 +79,7 @@ int Plan::add_conv(const std::string& name, int input, ConvShape s, bool linear,
   require(static_cast<int64_t>(bias.size()) == s.out_channels, name, ": the bias must have one value per output channel");
   require(weights != nullptr && weights->serves(weights->kernel(), s, options_.bfloat16), name, ": weights of another convolution");
   const Map out{s.out_height, s.out_width, s.out_channels};
-  if (residual >= 0) {
-    check_value(residual);
-    const Map& r = map(residual);
-    require(r.height == out.height && r.width == out.width && r.channels == out.channels, name, ": the residual has another shape");
-  }
+  check_residual(name, residual, out);
   kernel_for(s, linear, relu, residual >= 0, weights->kernel().name);
   Step step{};
   step.kind = StepKind::convolution;
@@ -124,11 +127,7 @@ int Plan::add_scale_shift(const std::string& name, int input, int residual, bool
     shift.assign(channels, 0.0f);
   }
   require(scale.size() == channels && center.size() == channels && shift.size() == channels, name, ": one coefficient per channel");
-  if (residual >= 0) {
-    check_value(residual);
-    const Map& r = map(residual);
-    require(r.height == in.height && r.width == in.width && r.channels == in.channels, name, ": the terms have different shapes");
-  }
+  check_residual(name, residual, in);
   Step step{};
   step.kind = StepKind::scale_shift;
   step.name = name;

@@ -1,41 +1,14 @@
-// Memory of a plan: large aligned blocks, packed weights that several plans share, and a pool of arenas.
+// Memory of a plan: packed weights that several plans share, and a pool of arenas.
 #pragma once
 
-#include <memory>
 #include <mutex>
-#include <new>
 #include <string>
 #include <vector>
 
 #include "../native/conv.h"
+#include "../native/memory.h"
 
 namespace fastres {
-
-// Why memory could not be had; MemoryError in Python.
-class MemoryShortage : public std::bad_alloc {
- public:
-  explicit MemoryShortage(std::string text) : text_(std::move(text)) {}
-  const char* what() const noexcept override { return text_.c_str(); }
-
- private:
-  std::string text_;
-};
-
-// Uninitialised memory aligned to 64 bytes, or, from 2 MiB on, to 2 MiB and in huge pages where the system has them.
-class Block {
- public:
-  Block() = default;
-  explicit Block(int64_t bytes);
-  char* get() const { return memory_.get(); }
-  int64_t bytes() const { return bytes_; }
-
- private:
-  struct Free {
-    void operator()(char* p) const;
-  };
-  std::unique_ptr<char, Free> memory_;
-  int64_t bytes_ = 0;
-};
 
 // Weights of one convolution, packed by one kernel. Immutable, so that any number of plans and threads may read them.
 class PackedWeights {

@@ -117,6 +117,7 @@ class Plan {
  private:
   int add(Step step, const Map& out);
   void check_value(int value) const;
+  void check_residual(const std::string& name, int residual, const Map& out) const;
   int64_t bytes_of(int value, int64_t images) const;
 
   std::shared_ptr<const Layout> layout(int threads, bool by_layer) const;

@@ -41,7 +41,7 @@ def run(options: Namespace) -> int:
 
     import fastres
     from fastres import backends
-    from fastres.evaluate.machine import cpu_name
+    from fastres._cpu import cpu_name
     from fastres.evaluate.parity import op_parity
 
     if options.threads is not None:

@@ -27,8 +27,8 @@ def run(options: Namespace) -> int:
     from rich.text import Text
 
     import fastres
+    from fastres._cpu import cpu_name
     from fastres.evaluate import roofline
-    from fastres.evaluate.machine import cpu_name
     from fastres.evaluate.peers import Reference
 
     fastres.model_info(options.model)

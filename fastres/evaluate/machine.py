@@ -4,22 +4,12 @@ from __future__ import annotations
 
 import os
 import platform
-from pathlib import Path
 from typing import Any
 
 import torch
 
 import fastres
-
-
-def cpu_name() -> str:
-    """The processor's name as the kernel gives it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    named = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    return next(named, platform.processor() or platform.machine())
+from fastres._cpu import cpu_name
 
 
 def machine() -> dict[str, Any]:

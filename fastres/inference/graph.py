@@ -2,10 +2,12 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+Leaf = TypeVar("Leaf")
 
 
 @dataclass(eq=False)
@@ -62,7 +64,7 @@ class Constant:
         if self.call is None:
             yield self
         else:
-            for argument in constants_in((self.call[1], self.call[2])):
+            for argument in leaves_in((self.call[1], self.call[2]), Constant):
                 yield from argument.leaves()
 
     def evaluate(self, memo: dict["Constant", Tensor]) -> Tensor:
@@ -86,14 +88,15 @@ class Constant:
         return (str(function), repr(rest), index)
 
 
-def constants_in(value: Any) -> Iterator[Constant]:
-    if isinstance(value, Constant):
+def leaves_in(value: Any, kind: type[Leaf]) -> Iterator[Leaf]:
+    """Everything of a type in nested lists, tuples and dicts."""
+    if isinstance(value, kind):
         yield value
     elif isinstance(value, list | tuple):
         for item in value:
-            yield from constants_in(item)
+            yield from leaves_in(item, kind)
     elif isinstance(value, dict):
-        yield from constants_in(list(value.values()))
+        yield from leaves_in(list(value.values()), kind)
 
 
 def replaced(value: Any, change: Any) -> Any:

@@ -14,7 +14,7 @@ from fastres.errors import CompileError, InputError
 from .building import Builder, Built, Options
 from .folding import Layer
 from .fusing import fuse_steps
-from .graph import Graph, constants_in
+from .graph import Constant, Graph, leaves_in
 from .recording import record
 from .watching import Structure, Values, hooked, snapshot
 
@@ -91,7 +91,11 @@ class State:
             del self.graphs[size]
             raise
         leaves = (
-            leaf for g in self.graphs.values() for n in g.nodes for c in constants_in(n.facts) for leaf in c.leaves()
+            leaf
+            for g in self.graphs.values()
+            for n in g.nodes
+            for c in leaves_in(n.facts, Constant)
+            for leaf in c.leaves()
         )
         self.structure, self.values = snapshot(model, leaves)
 

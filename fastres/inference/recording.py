@@ -6,7 +6,7 @@ operations give new values, and whoever reads an old one through a view is notic
 """
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from fastres.errors import CompileError
 from fastres.nn import folding
 
-from .graph import Constant, Graph, Node, Value
+from .graph import Constant, Graph, Node, Value, leaves_in
 
 Handler = Callable[["Recorder", "Call"], Value]
 
@@ -68,11 +68,11 @@ class Recorder(TorchDispatchMode):
         schema = func._schema
         names = [argument.name for argument in schema.arguments]
         arguments = {**dict(zip(names, args, strict=False)), **kwargs}
-        depends = any(t in self._values for t in tensors_in(arguments))
+        depends = any(t in self._values for t in leaves_in(arguments, Tensor))
         # Before it runs: an in-place operation changes what its arguments are.
         known = {name: self._known(value) for name, value in arguments.items()}
         result = func(*args, **kwargs)
-        outputs = [result] if isinstance(result, Tensor) else list(tensors_in(result))
+        outputs = [result] if isinstance(result, Tensor) else list(leaves_in(result, Tensor))
         changed = [
             arguments[a.name]
             for a in schema.arguments
@@ -183,17 +183,6 @@ class Recorder(TorchDispatchMode):
             else:
                 self._values[other] = Value((), "a view of memory that was changed since")
         self._values[tensor] = value
-
-
-def tensors_in(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from tensors_in(item)
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from tensors_in(item)
 
 
 def record(model: nn.Module, x: Tensor) -> tuple[Graph, Tensor]:

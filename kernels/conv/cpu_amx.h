@@ -17,6 +17,7 @@
 
 #if defined(__AMX_BF16__)
 
+#include "../common/cpu_tiles.h"
 #include "cpu_direct.h"
 
 namespace fastres::FASTRES_ISA {
@@ -26,19 +27,6 @@ constexpr int64_t kAmxTile = 512;  // elements of a tile: 16 rows of 32 bf16
 
 FASTRES_INLINE PanelFormat amx_format(bool bfloat16) {
   return {2, bfloat16 ? 1 : 4, 32, 31, 800 << 10, 16, true, kAmxBlock, bfloat16, {bfloat16 ? 1024 : 512, bfloat16 ? 512 : 256}};
-}
-
-struct alignas(64) AmxConfig {
-  uint8_t palette = 1, start_row = 0, reserved[14] = {};
-  uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-};
-
-// The compiler takes only the first bytes of the configuration for read: all of it must be in memory before.
-FASTRES_INLINE void configure_tiles() {
-  const AmxConfig config;
-  asm volatile("" : : "m"(config) : "memory");
-  _tile_loadconfig(&config);
 }
 
 // What one call of the inner kernel needs.

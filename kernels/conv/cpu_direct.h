@@ -9,104 +9,14 @@
 #pragma once
 
 #include "cpu_epilogue.h"
-#include "cpu_panel.h"
+#include "cpu_product.h"
 
 namespace fastres::FASTRES_ISA {
-
-#if defined(__AVX512F__)
-constexpr int kDirectTile = 14;  // x 2 vectors = 28 of 32 registers
-#else
-constexpr int kDirectTile = 6;  // x 2 vectors = 12 of 16 registers
-#endif
-constexpr int64_t kDirectBlock = 2 * kWidth;
-
-#if defined(__AVX512BF16__)
-constexpr bool kMultipliesPairs = true;
-#else
-constexpr bool kMultipliesPairs = false;
-#endif
-
-// How one element (or pair) of K is multiplied: Word is what is broadcast.
-template <bool Pairs>
-struct Product;
-
-template <>
-struct Product<false> {
-  using Panel = FloatPanel;
-  using Weight = float;
-  static constexpr int kDepth = 1;
-  FASTRES_INLINE Vec broadcast(const char* p) {
-    float x;
-    __builtin_memcpy(&x, p, sizeof x);
-    return splat<Vec>(x);
-  }
-  FASTRES_INLINE Vec accumulate(Vec a, Vec b, Vec acc) { return fma(a, b, acc); }
-};
-
-#if defined(__AVX512BF16__)
-template <>
-struct Product<true> {
-  using Panel = HalfPanel;
-  using Weight = bf16;
-  static constexpr int kDepth = 2;
-  FASTRES_INLINE Vec broadcast(const char* p) {
-    int32_t x;
-    __builtin_memcpy(&x, p, sizeof x);
-    return (Vec)(x - Mask{});
-  }
-  FASTRES_INLINE Vec accumulate(Vec a, Vec b, Vec acc) { return (Vec)_mm512_dpbf16_ps((__m512)acc, (__m512bh)a, (__m512bh)b); }
-};
-#endif
 
 template <bool Pairs>
 PanelFormat direct_format(bool bfloat16) {
   // 256 KB of panel leave room for a block's weights in a second cache of 512 KB or more.
   return {Pairs ? 2 : 4, 1, Product<Pairs>::kDepth, 15, 256 << 10, kDirectTile, false, kDirectBlock, Pairs == bfloat16, {0, 0}};
-}
-
-// The registers: M positions x 2 vectors. a: the first position, `stride` bytes from position to position; u: the block's weights.
-template <bool Pairs, int M>
-__attribute__((noinline)) void direct_tile(const char* a, int64_t stride, const int64_t* offsets, int64_t runs, int64_t words,
-                                           const float* u, float* acc, bool first) {
-  using P = Product<Pairs>;
-  Vec sum[M][2] = {};
-  const int64_t stride3 = 3 * stride;
-  for (int64_t r = 0; r < runs; ++r) {
-    // Four positions share a base address, so that few address registers are needed.
-    const char* base[(M + 3) / 4];
-    for (int i = 0; i < (M + 3) / 4; ++i) base[i] = a + offsets[r] + 4 * i * stride;
-    for (int64_t k = 0; k < words; ++k) {
-      Vec w0, w1;
-      load(u, &w0);
-      load(u + kWidth, &w1);
-      u += 2 * kWidth;
-#pragma GCC unroll 16
-      for (int m = 0; m < M; ++m) {
-        const int64_t step = m % 4 == 0 ? 0 : m % 4 == 1 ? stride : m % 4 == 2 ? 2 * stride : stride3;
-        const Vec x = P::broadcast(base[m / 4] + step + 4 * k);
-        sum[m][0] = P::accumulate(x, w0, sum[m][0]);
-        sum[m][1] = P::accumulate(x, w1, sum[m][1]);
-      }
-    }
-  }
-#pragma GCC unroll 16
-  for (int m = 0; m < M; ++m) {
-    for (int i = 0; i < 2; ++i) {
-      float* at = acc + m * 2 * kWidth + i * kWidth;
-      Vec before{};
-      if (!first) load(at, &before);
-      store(at, sum[m][i] + before);
-    }
-  }
-}
-
-template <bool Pairs, int M = kDirectTile>
-FASTRES_INLINE void direct_any_tile(int count, const char* a, int64_t stride, const int64_t* offsets, int64_t runs, int64_t words,
-                                    const float* u, float* acc, bool first) {
-  if constexpr (M > 1) {
-    if (count < M) return direct_any_tile<Pairs, M - 1>(count, a, stride, offsets, runs, words, u, acc, first);
-  }
-  direct_tile<Pairs, M>(a, stride, offsets, runs, words, u, acc, first);
 }
 
 // All of K in chains of at most kChain products, because the error of a chain of float sums grows with its length.
@@ -117,8 +27,8 @@ FASTRES_INLINE void direct_chains(int count, const char* a, int64_t stride, cons
   const int64_t runs_at_once = max64(1, kChain / words);
   for (int64_t r = 0; r < runs; r += runs_at_once) {
     for (int64_t k = 0; k < words; k += kChain) {
-      direct_any_tile<Pairs>(count, a + 4 * k, stride, offsets + r, min64(runs_at_once, runs - r), min64(kChain, words - k),
-                             u + (r * words + k) * kDirectBlock, acc, r + k == 0);
+      product_of<Pairs, false>(count, {a + 4 * k, stride, offsets + r, min64(runs_at_once, runs - r), min64(kChain, words - k),
+                                       u + (r * words + k) * kDirectBlock, acc, r + k == 0, nullptr, 0});
     }
   }
 }

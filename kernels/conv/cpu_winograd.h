@@ -62,71 +62,19 @@ void transform_input(const Conv& c, const WinogradPlan& p, const WinogradTile& t
   });
 }
 
-// M tiles x 2 vectors of output channels in registers: v from tile to tile `stride` bytes, `words` of K. Adds to acc, or starts it.
-// Weights that come next are brought into the second cache meanwhile, `step` floats for each word: spread evenly, or the loads that are
-// needed now would queue behind them.
-template <bool Pairs, int M>
-__attribute__((noinline)) void winograd_products(const char* v, int64_t stride, int64_t words, const float* u, const float* next,
-                                                 int64_t step, bool start, float* acc) {
-  using P = Product<Pairs>;
-  Vec sum[M][2] = {};
-  // Four tiles share a base address, so that few address registers are needed.
-  const int64_t stride3 = 3 * stride;
-  const char* base[(M + 3) / 4];
-  for (int i = 0; i < (M + 3) / 4; ++i) base[i] = v + 4 * i * stride;
-  for (int64_t k = 0; k < words; ++k) {
-    Vec w0, w1;
-    load(u, &w0);
-    load(u + kWidth, &w1);
-    __builtin_prefetch(next, 0, 2);
-    next += step;
-    u += 2 * kWidth;
-#pragma GCC unroll 16
-    for (int m = 0; m < M; ++m) {
-      const int64_t to = m % 4 == 0 ? 0 : m % 4 == 1 ? stride : m % 4 == 2 ? 2 * stride : stride3;
-      const Vec x = P::broadcast(base[m / 4] + to + 4 * k);
-      sum[m][0] = P::accumulate(x, w0, sum[m][0]);
-      sum[m][1] = P::accumulate(x, w1, sum[m][1]);
-    }
-  }
-  if (!start) {
-#pragma GCC unroll 16
-    for (int m = 0; m < M; ++m) {
-      Vec before[2];
-      load(acc + m * 2 * kWidth, &before[0]);
-      load(acc + m * 2 * kWidth + kWidth, &before[1]);
-      sum[m][0] += before[0];
-      sum[m][1] += before[1];
-    }
-  }
-#pragma GCC unroll 16
-  for (int m = 0; m < M; ++m) {
-    store(acc + m * 2 * kWidth, sum[m][0]);
-    store(acc + m * 2 * kWidth + kWidth, sum[m][1]);
-  }
-}
-
-template <bool Pairs, int M = kDirectTile, class... A>
-FASTRES_INLINE void winograd_any_products(int64_t count, A... a) {
-  if constexpr (M > 1) {
-    if (count < M) return winograd_any_products<Pairs, M - 1>(count, a...);
-  }
-  winograd_products<Pairs, M>(a...);
-}
-
 // The products at one point: tiles [first, last) of V and one block of weights, in pieces of equal size.
 template <bool Pairs, class E>
 FASTRES_INLINE void multiply_point(const WinogradPlan& p, const E* v, int64_t words, const float* u, int64_t first, int64_t last,
                                    bool start, float* m) {
   const int64_t pieces = ceil_div(last - first, kDirectTile), step = pieces == 0 ? 0 : ceil_div(kDirectBlock, pieces);
   const float* next = u + p.words * kDirectBlock;
+  static constexpr int64_t kNoOffset = 0;
   for (int64_t i = 0; i < pieces; ++i) {
     const int64_t count = ceil_div(last - first, pieces - i);
     for (int64_t k = 0; k < words; k += kWinogradChain) {
       const int64_t n = min64(kWinogradChain, words - k);
-      winograd_any_products<Pairs>(count, reinterpret_cast<const char*>(v + first * p.pixel) + 4 * k,
-                                   p.pixel * static_cast<int64_t>(sizeof(E)), n, u + k * kDirectBlock, next, step, start && k == 0,
-                                   m + first * kDirectBlock);
+      product_of<Pairs, true>(count, {reinterpret_cast<const char*>(v + first * p.pixel) + 4 * k, p.pixel * static_cast<int64_t>(sizeof(E)),
+                                      &kNoOffset, 1, n, u + k * kDirectBlock, m + first * kDirectBlock, start && k == 0, next, step});
       next += step * n;
     }
     first += count;

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from ..common.layout import absent, memory_format_of, stats_dtype
+from ..conv_stats import library as conv_stats
 
 _aten = torch.ops.aten
 _MKLDNN_DTYPES = (torch.float32, torch.bfloat16)
@@ -57,15 +58,30 @@ def forward(x, weight, bias, residual, relu: bool, stride, padding, dilation, gr
 def backward(
     grad, x, weight, out, relu: bool, stride, padding, dilation, groups: int,
     need_input: bool, need_weight: bool, need_bias: bool, need_residual: bool,
+    gradients=conv_stats.backward,
 ):  # fmt: skip
     dz = _aten.threshold_backward(grad, out, 0) if relu else grad
     dz = dz.contiguous(memory_format=memory_format_of(x))
-    da, dw, _ = _aten.convolution_backward(
-        dz, x, weight, None, stride, padding, dilation, False, [0, 0], groups, [need_input, need_weight, False]
+    no_stats, no_prologue = (None, None), (None, None, None)
+    da, dw, *_ = gradients(
+        dz,
+        *no_stats,
+        x,
+        weight,
+        dz,
+        None,
+        *no_prologue,
+        False,
+        stride,
+        padding,
+        dilation,
+        groups,
+        need_input,
+        need_weight,
     )
     return (
-        da.contiguous(memory_format=memory_format_of(x)) if need_input else absent(x),
-        dw.contiguous(memory_format=memory_format_of(weight)) if need_weight else absent(x),
+        da,
+        dw,
         dz.sum((0, 2, 3), dtype=stats_dtype(x.dtype)) if need_bias else absent(x),
         (dz if dz is not grad else dz.clone()) if need_residual else absent(x),
     )

@@ -67,28 +67,43 @@ void channel_stats(const ChannelStats& p, int64_t begin, int64_t end) {
 }
 
 // Merges the parts for the channels [begin, end): mean [C] and biased variance [C]. No elements at all give NaN, like torch.var.
-static inline void channel_stats_merge(const ChannelStats& p, int64_t begin, int64_t end, float* mean_out, float* var_out) {
-  const int64_t C = p.shape.channels, parts = parts_of(p.shape);
+// count_of(part, i): positions of channel first + i in a part; rows: pivot, sum (y - pivot) and sum (y - pivot)^2 lie `channels` apart.
+template <class CountOf>
+FASTRES_INLINE void merge_moments(const float* rows, int64_t parts, int64_t part_stride, int64_t channels, int64_t begin, int64_t end,
+                                  CountOf count_of, float* mean_out, float* var_out) {
   for (int64_t first = begin; first < end; first += kMergeChannels) {
-    const int64_t channels = min64(kMergeChannels, end - first);
-    double count = 0, mean[kMergeChannels] = {}, m2[kMergeChannels] = {};
+    const int64_t width = min64(kMergeChannels, end - first);
+    double count[kMergeChannels] = {}, mean[kMergeChannels] = {}, m2[kMergeChannels] = {};
     for (int64_t part = 0; part < parts; ++part) {
-      const float* pivot = p.partial + part * 3 * C + first;  // [3, C] from channel `first` on
-      const double n = static_cast<double>(positions_of_part(p.shape, part));
-      const double total = count + n, each = 1.0 / n, share = n / total, cross = count * n / total;
-      for (int64_t i = 0; i < channels; ++i) {
-        const double s1 = pivot[C + i], delta = pivot[i] + s1 * each - mean[i];
-        mean[i] += delta * share;
-        m2[i] += (pivot[2 * C + i] - s1 * s1 * each) + delta * delta * cross;
+      const float* pivot = rows + part * part_stride + first;  // [3, C] from channel `first` on
+      for (int64_t i = 0; i < width; ++i) {
+        const double n = count_of(part, first + i);
+        if (n == 0) continue;
+        const double total = count[i] + n, each = 1.0 / n, s1 = pivot[channels + i], delta = pivot[i] + s1 * each - mean[i];
+        mean[i] += delta * (n / total);
+        m2[i] += (pivot[2 * channels + i] - s1 * s1 * each) + delta * delta * (count[i] * n / total);
+        count[i] = total;
       }
-      count = total;
     }
-    for (int64_t i = 0; i < channels; ++i) {
-      const double var = m2[i] / count;  // 0/0 without elements
-      mean_out[first + i] = static_cast<float>(count > 0 ? mean[i] : var);
+    for (int64_t i = 0; i < width; ++i) {
+      const double var = m2[i] / count[i];  // 0/0 without elements
+      mean_out[first + i] = static_cast<float>(count[i] > 0 ? mean[i] : var);
       var_out[first + i] = static_cast<float>(var < 0 ? 0.0 : var);  // rounding can leave a tiny negative one; NaN stays
     }
   }
+}
+
+static inline void channel_stats_merge(const ChannelStats& p, int64_t begin, int64_t end, float* mean_out, float* var_out) {
+  const int64_t C = p.shape.channels;
+  const auto count = [&p](int64_t part, int64_t) { return static_cast<double>(positions_of_part(p.shape, part)); };
+  merge_moments(p.partial, parts_of(p.shape), 3 * C, C, begin, end, count, mean_out, var_out);
+}
+
+// The same for the rows that a convolution's tasks leave, [tasks, 4, C]: count, pivot and the two sums; a task has a part of the channels.
+static inline void task_stats_merge(const float* rows, int64_t tasks, int64_t channels, int64_t begin, int64_t end, float* mean_out,
+                                    float* var_out) {
+  const auto count = [=](int64_t task, int64_t c) { return static_cast<double>(rows[task * 4 * channels + c]); };
+  merge_moments(rows + channels, tasks, 4 * channels, channels, begin, end, count, mean_out, var_out);
 }
 
 // out = grad_y + offset + slope*(y - mean)

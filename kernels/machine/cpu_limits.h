@@ -2,6 +2,7 @@
 // the limits that a roofline compares with.
 #pragma once
 
+#include "../common/cpu_tiles.h"
 #include "../common/cpu_vec.h"
 #include "machine_kernels.h"
 
@@ -59,15 +60,7 @@ static int64_t multiply_add_bf16(int64_t rounds) {
 // Four tiles of sums from two by two tiles of operands, as in a product of
 // matrices.
 static int64_t multiply_tiles(int64_t rounds) {
-  struct alignas(64) {
-    uint8_t palette, start, reserved[14];
-    uint16_t row_bytes[16];
-    uint8_t rows[16];
-  } config = {};
-  config.palette = 1;
-  for (int i = 0; i < 8; ++i) config.row_bytes[i] = 64, config.rows[i] = 16;
-  asm volatile("" : : "r"(&config) : "memory");  // GCC thinks that only the first bytes are read
-  _tile_loadconfig(&config);
+  configure_tiles();
   _tile_zero(0);
   _tile_zero(1);
   _tile_zero(2);
