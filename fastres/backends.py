@@ -29,6 +29,7 @@ _ANY_DEVICE = ("library", "reference")
 _CONVS = ("conv_stats", "conv_act")
 # Where nothing was measured, the convolution engine comes before the library on instruction sets where it was faster.
 _ENGINE_FIRST = ("amx",)
+_ENGINE_TRAINS_FROM = 64  # channels
 _DTYPES: dict[str, tuple[torch.dtype, ...]] = {
     "native": (torch.float32, torch.bfloat16),
     "cuda": (torch.float32, torch.float16, torch.bfloat16),
@@ -120,6 +121,15 @@ def use_backend(name: str) -> Iterator[None]:
         _forced.pop()
 
 
+def _library_trains(problem: Problem) -> bool:
+    """Where the library's training was measured faster than the engine's on AMX: in bf16, in groups (of which the engine
+    has no gradients of its own), and with few channels, whose gradients don't fill its tiles."""
+    if problem.op != "conv_stats" or problem.conv is None:
+        return False
+    few = min(problem.shape[1], problem.conv.weight[0]) < _ENGINE_TRAINS_FROM
+    return problem.dtype == torch.bfloat16 or problem.conv.groups > 1 or few
+
+
 def preference(problem: Problem) -> tuple[str, ...]:
     """The backends ``auto`` tries, in order: what ``fastres tune`` found fastest here, then a fixed order."""
     op, device = problem.op, problem.device
@@ -128,12 +138,7 @@ def preference(problem: Problem) -> tuple[str, ...]:
         measured = tuning.choice(problem.key() or "")
         if measured in order:
             return (measured, *(b for b in order if b != measured))
-    # Measured: with AMX the engine is faster, except in bf16 training, where the library's gradients are; of grouped
-    # convolutions it has no gradients of its own.
-    library_trains = op == "conv_stats" and (
-        problem.dtype == torch.bfloat16 or (problem.conv is not None and problem.conv.groups > 1)
-    )
-    if op in _CONVS and device == "cpu" and (library_trains or _library.isa() not in _ENGINE_FIRST):
+    if op in _CONVS and device == "cpu" and (_library.isa() not in _ENGINE_FIRST or _library_trains(problem)):
         order = ("library", "native", "reference")
     return order
 
