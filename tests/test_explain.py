@@ -30,7 +30,8 @@ def test_reasons_of_refused_backends():
         rows = fastres.explain(fused_pair(Net(residual))[1].double(), X.double()).rows
         for row in rows:
             assert row.backend == "library"
-            assert any(reason.startswith("native") for reason in row.reasons)
+            # the library is preferred for training few channels: nothing was refused there
+            assert row.op == "conv_stats" or any(reason.startswith("native") for reason in row.reasons)
     with fastres.use_backend("reference"):
         rows = fastres.explain(fused_pair(Net(residual))[1], X).rows
         assert {row.backend for row in rows} == {"reference"}
