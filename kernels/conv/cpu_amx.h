@@ -40,7 +40,8 @@ struct AmxBlock {
   float* acc;     // [32 positions][32 channels]
   bool special;   // plane 3 holds values that are not finite
   bool first;     // sums start at zero, not at what acc holds
-  int64_t next;   // bytes ahead in the weights to be brought into the second cache meanwhile, or 0
+  const bf16* next;  // weights to be brought into the second cache meanwhile,
+  int64_t fetched;   // and how many lines of them a step
 };
 
 // Tiles 0-3: sums (position tile * 2 + channel tile); 4, 5: positions; 6, 7: weights.
@@ -57,6 +58,7 @@ FASTRES_INLINE void amx_products() {
 template <bool Split, bool Two>
 __attribute__((noinline)) void amx_block(const AmxBlock& p) {
   const bf16* b = p.b;
+  const bf16* next = p.next;
   if (p.first) {
     _tile_zero(0);
     _tile_zero(1);
@@ -90,17 +92,13 @@ __attribute__((noinline)) void amx_block(const AmxBlock& p) {
     };
     // The next step's weights into the first cache, a part after each group of products; the next block's into the second.
     const auto fetch = [&](int part) __attribute__((always_inline)) {
-      constexpr int n = Split ? 16 : 32;
-      const char* at = reinterpret_cast<const char*>(b) + part * n * 64;
       if constexpr (Split) {
+        const char* at = reinterpret_cast<const char*>(b) + (6 + part) * 1024;
 #pragma GCC unroll 16
-        for (int j = 0; j < n; ++j) _mm_prefetch(at + 6 * n * 64 + j * 64, _MM_HINT_T0);
-      }
-      if (p.next != 0) {
-#pragma GCC unroll 32
-        for (int j = 0; j < n; ++j) _mm_prefetch(at + p.next + j * 64, _MM_HINT_T1);
+        for (int j = 0; j < 16; ++j) _mm_prefetch(at + j * 64, _MM_HINT_T0);
       }
     };
+    for (int64_t j = 0; j < p.fetched; ++j, next += 32) _mm_prefetch(next, _MM_HINT_T1);
     if constexpr (Split) {
       // The staircase of products, smallest first where that costs nothing; each move changes one side only.
       positions(0);
@@ -209,14 +207,17 @@ struct AmxTask {
     const int64_t per_block = amx_block_elements(g, kPlanes);
     const bf16* weights = static_cast<const bf16*>(c.weights) + amx_steps_before(g, chunk) * kPlanes * 2 * kAmxTile;
     const bool last = chunk + 1 == g.chunks;
-    AmxBlock p{{nullptr, nullptr}, g.pixel * 2, w.plane, offsets, steps, nullptr, acc, w.special, chunk == 0, 0};
+    AmxBlock p{{nullptr, nullptr}, g.pixel * 2, w.plane, offsets, steps, nullptr, acc, w.special, chunk == 0, nullptr, 0};
     asm volatile("" ::: "memory");  // tile loads are opaque to the compiler: what was packed must be in memory
+    // A block's weights arrive in the second cache while the one before is computed, spread over its pairs of tiles.
+    const int64_t fetched = ceil_div(steps * kPlanes * 32, steps * ceil_div(count, 2));
     const auto one = [&](int64_t block, int64_t i) __attribute__((always_inline)) {
       const bool two = i + 1 < count;
       p.a[0] = positions + tiles[i].v * g.pixel;
       p.a[1] = positions + tiles[two ? i + 1 : i].v * g.pixel;
       p.b = weights + block * per_block;
-      p.next = i == 0 && block + 1 < b.last_block ? per_block * 2 : 0;
+      p.next = weights + (block + 1) * per_block + i / 2 * steps * fetched * 32;
+      p.fetched = block + 1 < b.last_block ? fetched : 0;
       if (g.chunks > 1) p.acc = acc + ((block - b.first_block) * ceil_div(count, 2) + i / 2) * 32 * 32;
       two ? amx_block<kSplit, true>(p) : amx_block<kSplit, false>(p);
       if (!last) return;
