@@ -168,6 +168,7 @@ void Plan::finish(int output) {
   check_value(output);
   require(output_ < 0, "this plan is finished");
   output_ = output;
+  merge_pools();
 }
 
 int64_t Plan::weight_bytes() const {

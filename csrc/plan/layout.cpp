@@ -89,7 +89,7 @@ Layout Plan::lay_out(int threads, bool by_layer) const {
   for (size_t i = 0; i < steps_.size(); ++i) {
     const bool alone = i < l.by_image;
     const Work w = prepare(steps_[i], alone ? options_.images_per_turn : options_.images, alone ? 1 : threads, nullptr, nullptr, nullptr);
-    if (steps_[i].weights) scratch = max64(scratch, steps_[i].weights->kernel().scratch_bytes(w.conv));
+    if (steps_[i].weights) scratch = max64(scratch, scratch_of(w));
   }
   l.part_stride = inside.empty() ? 0 : round_up(place_all(inside), 4096) + kPartStagger;
   if (l.part_stride > 0) outside.push_back({l.part_stride * threads, 0, by_image - 1, &l.part});

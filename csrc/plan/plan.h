@@ -30,6 +30,7 @@ struct Step {
   bool relu = false;
   bool linear = false;  // convolution: a matrix product, whose images are positions
   ConvShape conv{};     // convolution: of one image
+  bool pooled = false;  // convolution: its max-pool goes with it, some rows at a time, and its own map is never in memory
   std::shared_ptr<const PackedWeights> weights;
   std::vector<float> bias;                  // convolution
   std::vector<float> scale, center, shift;  // scale_shift
@@ -41,6 +42,7 @@ struct Step {
 struct Work {
   const Step* step;
   int64_t tasks, grain;  // a thread takes `grain` tasks at a time
+  int64_t chunks;        // pooled convolution: tasks of an image, each of so many rows of the pool
   Conv conv;
   ScaleShiftAct scale_shift;
   MapPool pool;
@@ -115,6 +117,7 @@ class Plan {
   const PlanOptions& options() const { return options_; }
 
  private:
+  void merge_pools();
   int add(Step step, const Map& out);
   void check_value(int value) const;
   void check_residual(const std::string& name, int residual, const Map& out) const;
@@ -138,5 +141,11 @@ class Plan {
   mutable std::mutex mutex_;
   mutable std::map<std::pair<int, bool>, std::shared_ptr<const Layout>> layouts_;
 };
+
+// The kernel's scratch for a piece of work, behind which a pooled convolution has its rows.
+int64_t scratch_of(const Work& work);
+void run_pooled(const Work& work, int64_t begin, int64_t end, void* scratch);
+// How many pieces an image's pool is cut into.
+int64_t pool_pieces(const Step& step, int64_t images, int threads, int64_t element);
 
 }  // namespace fastres

@@ -42,7 +42,8 @@ void execute(const Work& w, int64_t begin, int64_t end, void* scratch) {
   const KernelTable& table = kernels();
   switch (w.step->kind) {
     case StepKind::input: return table.map_input(w.input, begin, end);
-    case StepKind::convolution: return w.step->weights->kernel().run(w.conv, begin, end, scratch);
+    case StepKind::convolution:
+      return w.step->pooled ? run_pooled(w, begin, end, scratch) : w.step->weights->kernel().run(w.conv, begin, end, scratch);
     case StepKind::max_pool: return table.map_max_pool(w.pool, begin, end);
     case StepKind::mean_pool: return table.map_mean_pool(w.pool, begin, end);
     case StepKind::scale_shift: return table.scale_shift_act(w.scale_shift, begin, end);
@@ -95,8 +96,15 @@ Work Plan::prepare(const Step& s, int64_t images, int threads, const void* x, co
       w.conv.bias = s.bias.data();
       w.conv.residual = s.residual >= 0 ? (residual != nullptr ? residual : &absent) : nullptr;
       w.conv.y = y;
-      w.tasks = s.weights->kernel().tasks(w.conv);
       w.grain = 1;
+      if (s.pooled) {
+        w.pool = s.pool;
+        w.pool.y = y;
+        w.chunks = pool_pieces(s, images, threads, options_.bfloat16 ? 2 : 4);
+        w.tasks = images * w.chunks;
+      } else {
+        w.tasks = s.weights->kernel().tasks(w.conv);
+      }
       return w;
     }
     case StepKind::max_pool:
@@ -221,7 +229,7 @@ std::vector<StepFacts> Plan::facts() const {
     if (s.weights) {
       f.kernel = s.weights->kernel().name;
       f.weight_bytes = s.weights->bytes();
-      f.flops = 2.0 * static_cast<double>(options_.images * f.out.elements()) *
+      f.flops = 2.0 * static_cast<double>(options_.images * s.conv.out_height * s.conv.out_width * s.conv.out_channels) *
                 static_cast<double>(s.conv.in_channels / s.conv.groups * s.conv.kernel_h * s.conv.kernel_w);
     }
     all.push_back(std::move(f));

@@ -26,7 +26,7 @@ constexpr int64_t kAmxBlock = 32;
 constexpr int64_t kAmxTile = 512;  // elements of a tile: 16 rows of 32 bf16
 
 FASTRES_INLINE PanelFormat amx_format(bool bfloat16) {
-  return {2, bfloat16 ? 1 : 4, 32, 31, 800 << 10, 16, true, kAmxBlock, bfloat16, {bfloat16 ? 1024 : 512, bfloat16 ? 512 : 256}};
+  return {2, bfloat16 ? 1 : 4, 32, 31, true, 800 << 10, 16, true, kAmxBlock, bfloat16, {bfloat16 ? 1024 : 512, bfloat16 ? 512 : 256}};
 }
 
 // What one call of the inner kernel needs.
@@ -175,6 +175,32 @@ FASTRES_INLINE int64_t amx_sums(const Geometry& g) {
   return 32 * 32 * (g.chunks == 1 ? 1 : ceil_div(most_tiles(g), 2) * ceil_div(g.blocks, g.splits));
 }
 
+// The sums of a pair of tiles, one product after another. Where positions overlap, the zeros behind a run's weights meet values of other
+// positions, which must not be infinite or NaN: the tiles can't be used then.
+template <bool Split>
+void amx_plain_block(const Geometry& g, const AmxBlock& p) {
+  const int64_t real = g.s.kernel_w * g.s.in_channels, steps = g.run / 32;
+  const auto wide = [](bf16 x) { return __builtin_bit_cast(float, static_cast<uint32_t>(x.bits) << 16); };
+  for (int64_t j = 0; j < 32; ++j) {
+    float* acc = p.acc + j * 32;
+    for (int64_t k = 0; k < 32; ++k) acc[k] = 0;
+    const bf16* at = p.a[j / 16] + j % 16 * p.stride / 2;
+    for (int64_t run = 0; run < g.runs; ++run) {
+      for (int64_t i = 0; i < real; ++i) {
+        const bf16* x = at + p.offsets[run * steps + i / 32] + i % 32;
+        float value = 0;
+        for (int plane = Split ? 3 : 0; plane >= 0; --plane) value += wide(x[plane * p.plane]);
+        const bf16* w = p.b + (run * steps + i / 32) * (Split ? 3 : 1) * 2 * kAmxTile + i % 32 / 2 * 32 + i % 2;
+        for (int64_t k = 0; k < 32; ++k) {
+          float weight = 0;
+          for (int plane = Split ? 2 : 0; plane >= 0; --plane) weight += wide(w[(plane * 2 + k / 16) * kAmxTile + k % 16 * 2]);
+          acc[k] += value * weight;
+        }
+      }
+    }
+  }
+}
+
 // What a task works with: the scratch, cut into pieces.
 template <class T>
 struct AmxTask {
@@ -219,7 +245,11 @@ struct AmxTask {
       p.next = weights + (block + 1) * per_block + i / 2 * steps * fetched * 32;
       p.fetched = block + 1 < b.last_block ? fetched : 0;
       if (g.chunks > 1) p.acc = acc + ((block - b.first_block) * ceil_div(count, 2) + i / 2) * 32 * 32;
-      two ? amx_block<kSplit, true>(p) : amx_block<kSplit, false>(p);
+      if (__builtin_expect(g.overlap && p.special, 0)) {
+        amx_plain_block<kSplit>(g, p);
+      } else {
+        two ? amx_block<kSplit, true>(p) : amx_block<kSplit, false>(p);
+      }
       if (!last) return;
       const int64_t k0 = block * kAmxBlock, channels = min64(kAmxBlock, c.shape.out_channels - k0);
       finish_tile<T, E, HasResidual>(c, tiles[i], p.acc, 32, k0, channels, sums);

@@ -16,7 +16,7 @@ namespace fastres::FASTRES_ISA {
 template <bool Pairs>
 PanelFormat direct_format(bool bfloat16) {
   // 256 KB of panel leave room for a block's weights in a second cache of 512 KB or more.
-  return {Pairs ? 2 : 4, 1, Product<Pairs>::kDepth, 15, 256 << 10, kDirectTile, false, kDirectBlock, Pairs == bfloat16, {0, 0}};
+  return {Pairs ? 2 : 4, 1, Product<Pairs>::kDepth, 15, !Pairs, 256 << 10, kDirectTile, false, kDirectBlock, Pairs == bfloat16, {0, 0}};
 }
 
 // All of K in chains of at most kChain products, because the error of a chain of float sums grows with its length.
@@ -113,6 +113,7 @@ FASTRES_INLINE Geometry direct_geometry(const Conv& c) {
 
 inline const char* direct_refusal(const Conv& c) {
   if (c.shape.groups != 1) return "grouped convolutions";
+  if (c.part && is_flat(c.shape)) return "parts of pointwise convolutions";
   return nullptr;
 }
 
@@ -124,6 +125,12 @@ FASTRES_INLINE void gather_weights(const ConvShape& s, const Geometry& g, const 
   const auto tap_at = [&](int64_t tap) { return (weight.reversed ? taps - 1 - tap : tap) * weight.tap_stride; };
   if (g.columns) {  // i = tap*C + c
     for (int64_t j = 0; j < n; ++j) out[j] = i + j < taps * C ? from[(i + j) % C * weight.in + tap_at((i + j) / C)] : 0.0f;
+    return;
+  }
+  if (g.overlap) {  // run is a row of taps, i = column*C + c
+    for (int64_t j = 0; j < n; ++j) {
+      out[j] = i + j < s.kernel_w * C ? from[(i + j) % C * weight.in + tap_at(run * s.kernel_w + (i + j) / C)] : 0.0f;
+    }
     return;
   }
   const int64_t first = chunk_first(g, chunk) + i, present = max64(0, min64(n, chunk_last(g, chunk) - first));

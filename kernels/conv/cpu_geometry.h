@@ -6,7 +6,9 @@
 // packed in phases (rows and columns by their remainder modulo the stride), so neighbours in v stay neighbours in memory. With stride 1,
 // the padding on the right of one row is that on the left of the next: pitch = W + pad. Positions beyond a row's end are computed where a
 // tile spans two rows, and not stored.
-// Convolutions of few channels are packed by columns instead (im2col): one row of R*S*C elements for each output position.
+// Convolutions of few channels are packed by columns instead (im2col): one row of R*S*C elements for each output position. Or their
+// positions overlap: a run is the S*C neighbouring elements of one row of taps, and the next position's run starts stride*C elements
+// later, in the same padded row of x. Nothing is copied more than once, and the runs' padding reads what comes next in the row.
 // 1x1 convolutions without padding and stride are one long row of N*H*W positions.
 #pragma once
 
@@ -22,6 +24,7 @@ struct PanelFormat {
   int64_t planes;      // copies (bf16x3: hi, mid, lo and the non-finite values)
   int64_t unit;        // runs are zero-padded to multiples of this many elements
   int64_t columns_to;  // convolutions of up to so many channels are packed by columns
+  bool overlaps;       // or with overlapping positions, where that costs at most half more products
   int64_t budget;      // bytes of panel a task may fill
   int64_t tile;        // positions a tile holds at most
   bool spans_rows;     // tiles may span rows (junk positions cost nothing extra)
@@ -33,13 +36,15 @@ struct PanelFormat {
 struct Geometry {
   ConvShape s;  // as given; flat ones with P = N*H*W rows of one position, images = 1
   PanelFormat format;
-  bool in_place, columns;
+  bool in_place, columns, overlap;
+  bool spans;             // tiles may span rows
   int64_t chunk, chunks;  // channels go in so many chunks, so that a panel and the weights that meet it stay in the second cache
   int64_t runs, run;      // runs of K and their padded length, in elements, for one chunk
   int64_t pixel;          // elements from one position to the next
   int64_t pitch;          // positions from one row to the next
   int64_t phases_h, phases_w, extra_h;
   int64_t blocks;         // of output channels
+  int64_t first_row;      // output row that is row 0 of all bands
   int64_t rows, images;   // of a band: some rows of one image, or some whole images
   int64_t bands, splits;  // tasks = bands * splits; a split is a range of blocks
 };
@@ -57,9 +62,15 @@ FASTRES_INLINE int64_t panel_rows(const Geometry& g, int64_t rows) { return rows
 // Positions of one phase of a band's panel.
 FASTRES_INLINE int64_t phase_positions(const Geometry& g, int64_t images, int64_t rows) { return images * panel_rows(g, rows) * g.pitch; }
 
+// Elements behind the last position that whole tiles read, as junk that must be finite.
+FASTRES_INLINE int64_t tail_elements(const Geometry& g) {
+  const int64_t reach = g.overlap ? 0 : (g.s.kernel_w - 1) * g.s.dilation_w + g.s.pad_w;
+  return (g.format.tile + reach + 1) * g.pixel + (g.overlap ? g.run : 0);
+}
+
 // Elements of one plane of a band's panel, with slack for the taps past the last position and for whole-tile reads.
 FASTRES_INLINE int64_t plane_elements(const Geometry& g, int64_t images, int64_t rows) {
-  const int64_t slack = (g.format.tile + (g.s.kernel_w - 1) * g.s.dilation_w + g.s.pad_w + 1) * g.pixel;
+  const int64_t slack = tail_elements(g);
   const int64_t n =
       g.columns ? images * rows * g.s.out_width * g.pixel : g.phases_h * g.phases_w * phase_positions(g, images, rows) * g.pixel;
   return round_up(n + slack + 32, 32) + 32;  // an odd number of cache lines from plane to plane
@@ -86,8 +97,7 @@ FASTRES_INLINE int64_t panel_cached(const Geometry& g, int64_t images, int64_t r
 
 // The most tiles a band can be cut into.
 FASTRES_INLINE int64_t most_tiles(const Geometry& g) {
-  const bool spans = g.format.spans_rows || g.pitch == g.s.out_width;
-  return g.images * (spans ? ceil_div(g.rows * g.pitch, g.format.tile) + 1 : g.rows * ceil_div(g.s.out_width, g.format.tile));
+  return g.images * (g.spans ? ceil_div(g.rows * g.pitch, g.format.tile) + 1 : g.rows * ceil_div(g.s.out_width, g.format.tile));
 }
 
 FASTRES_INLINE bool is_flat(const ConvShape& s) {
@@ -127,15 +137,20 @@ FASTRES_INLINE Geometry geometry_of(const Conv& c, const PanelFormat& format) {
   g.s = c.shape;
   ConvShape& s = g.s;
   g.format = format;
+  g.first_row = c.part ? c.first_row : 0;
   const bool flat = is_flat(s);
   if (flat) {
     s.height = s.out_height = s.images * s.height * s.width;
     s.images = s.width = s.out_width = 1;
   }
   g.blocks = ceil_div(s.out_channels, format.block);
-  g.columns = s.kernel_h * s.kernel_w > 1 && s.in_channels <= format.columns_to;
+  const bool few = s.kernel_h * s.kernel_w > 1 && s.in_channels <= format.columns_to;
+  const int64_t row_run = round_up(s.kernel_w * s.in_channels, format.unit);
+  g.overlap = few && format.overlaps && s.dilation_w == 1 &&
+              2 * s.kernel_h * row_run <= 3 * round_up(s.kernel_h * s.kernel_w * s.in_channels, format.unit);
+  g.columns = few && !g.overlap;
   const int64_t limit = format.chunk[s.kernel_h * s.kernel_w > 1];
-  g.chunks = limit > 0 && !g.columns ? max64(1, ceil_div(s.in_channels, limit)) : 1;
+  g.chunks = limit > 0 && !few ? max64(1, ceil_div(s.in_channels, limit)) : 1;
   g.chunk = g.chunks > 1 ? round_up(ceil_div(s.in_channels, g.chunks), format.unit) : s.in_channels;
   if (g.columns) {
     g.runs = 1;
@@ -143,6 +158,15 @@ FASTRES_INLINE Geometry geometry_of(const Conv& c, const PanelFormat& format) {
     g.pixel = g.run + (g.run % 128 == 0 ? format.unit : 0);
     g.pitch = s.out_width;
     g.phases_h = g.phases_w = 1;
+  } else if (g.overlap) {
+    g.runs = s.kernel_h;
+    g.run = row_run;
+    g.pixel = s.stride_w * s.in_channels;
+    const int64_t row = max64((s.width + 2 * s.pad_w) * s.in_channels, (s.out_width - 1) * g.pixel + g.run);
+    g.pitch = ceil_div(row, g.pixel);
+    g.phases_h = min64(s.stride_h, (s.kernel_h - 1) * s.dilation_h + 1);
+    g.phases_w = 1;
+    g.extra_h = (s.kernel_h - 1) * s.dilation_h / s.stride_h;
   } else {
     g.runs = s.kernel_h * s.kernel_w;
     g.run = round_up(g.chunk, format.unit);
@@ -159,6 +183,7 @@ FASTRES_INLINE Geometry geometry_of(const Conv& c, const PanelFormat& format) {
     const bool shared = s.stride_w == 1 && s.out_width <= s.width + s.pad_w;
     g.pitch = shared ? s.width + s.pad_w : s.out_width + reach;
   }
+  g.spans = g.pitch == s.out_width || (format.spans_rows && !(g.overlap && s.out_width % format.tile == 0));
   const int64_t weights = g.blocks * format.block * g.chunks * g.runs * g.run * format.element * min64(format.planes, 3);
   cut_into_bands(g, c.threads, weights);
   return g;
@@ -181,12 +206,16 @@ FASTRES_INLINE Band band_of(const Geometry& g, int64_t task) {
 FASTRES_INLINE int64_t chunk_first(const Geometry& g, int64_t i) { return i * g.chunk; }
 FASTRES_INLINE int64_t chunk_last(const Geometry& g, int64_t i) { return min64((i + 1) * g.chunk, g.s.in_channels); }
 FASTRES_INLINE int64_t chunk_run(const Geometry& g, int64_t i) {
-  return g.columns ? g.run : round_up(chunk_last(g, i) - chunk_first(g, i), g.format.unit);
+  return g.columns || g.overlap ? g.run : round_up(chunk_last(g, i) - chunk_first(g, i), g.format.unit);
 }
 
 // Where run (r, s) starts in the panel of a band, in elements.
 FASTRES_INLINE int64_t run_offset(const Geometry& g, const Band& b, int64_t run) {
   if (g.columns) return 0;
+  if (g.overlap) {
+    const int64_t h = run * g.s.dilation_h;
+    return (h % g.s.stride_h * phase_positions(g, b.images, b.rows) + h / g.s.stride_h * g.pitch) * g.pixel;
+  }
   const int64_t h = run / g.s.kernel_w * g.s.dilation_h, w = run % g.s.kernel_w * g.s.dilation_w;
   const int64_t phase = h % g.s.stride_h * g.phases_w + w % g.s.stride_w;
   return (phase * phase_positions(g, b.images, b.rows) + h / g.s.stride_h * g.pitch + w / g.s.stride_w) * g.pixel;
@@ -204,12 +233,11 @@ struct Tile {
 // Cuts a band into tiles; returns how many.
 FASTRES_INLINE int64_t cut_into_tiles(const Geometry& g, const Band& b, Tile* tiles) {
   const int64_t Q = g.s.out_width, P = g.s.out_height, M = g.format.tile;
+  const bool spans = g.spans;
   int64_t n = 0;
-  const bool dense = g.pitch == Q;  // no junk between rows
   for (int64_t i = 0; i < b.images; ++i) {
     const int64_t base = g.columns ? i * b.rows * Q : i * panel_rows(g, b.rows) * g.pitch;
     const int64_t pixels = ((b.image + i) * P + b.row) * Q;
-    const bool spans = g.format.spans_rows || dense;
     int64_t row = 0, column = 0;
     while (row < b.rows) {
       Tile& t = tiles[n++];

@@ -59,7 +59,7 @@ constexpr int kGroupedTile[3] = {0, 10, 6};
 FASTRES_INLINE Geometry grouped_geometry(const Conv& c, const GroupedPlan& p) {
   constexpr int64_t channels = 64;  // packed at a time, where groups are smaller
   const int64_t chunk = max64(p.in, channels / p.in * p.in);
-  return geometry_of(c, {4, 1, p.in, 0, 256 << 10, kGroupedTile[p.vectors], false, p.out, false, {chunk, chunk}});
+  return geometry_of(c, {4, 1, p.in, 0, false, 256 << 10, kGroupedTile[p.vectors], false, p.out, false, {chunk, chunk}});
 }
 
 struct GroupedTile {
@@ -196,7 +196,10 @@ void run_grouped(const Conv& c, int64_t begin, int64_t end, void* scratch) {
 }
 
 // ---- the kernel as the engine sees it -------------------------------------------------------------------------------------------------
-inline const char* grouped_refusal(const Conv& c) { return c.shape.groups == 1 ? "convolutions of one group" : nullptr; }
+inline const char* grouped_refusal(const Conv& c) {
+  if (c.part) return "parts of the output";
+  return c.shape.groups == 1 ? "convolutions of one group" : nullptr;
+}
 
 inline int64_t grouped_pack_items(const ConvShape& s, bool) { return ceil_div(s.groups, grouped_plan(s).groups); }
 

@@ -129,6 +129,7 @@ void run_grouped_amx(const Conv& c, int64_t begin, int64_t end, void* scratch) {
                              acc,
                              w.special,
                              true,
+                             nullptr,
                              0};
             two ? amx_block<split, true>(p) : amx_block<split, false>(p);
             for (int64_t tile = 0; tile < 1 + two; ++tile) {
@@ -150,6 +151,7 @@ void run_grouped_amx(const Conv& c, int64_t begin, int64_t end, void* scratch) {
 inline const char* grouped_amx_refusal(const Conv& c) {
   const int64_t channels = c.shape.in_channels / c.shape.groups, outputs = c.shape.out_channels / c.shape.groups;
   if (c.shape.groups == 1) return "convolutions of one group";
+  if (c.part) return "parts of the output";
   if (channels < kAmxNarrowest[c.bfloat16] || (32 % channels != 0 && channels % 32 != 0)) return "groups of so many input channels";
   if (channels < 32 && 32 / channels * outputs > 32) return "narrow groups with more outputs than inputs";
   return nullptr;

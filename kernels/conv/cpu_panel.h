@@ -204,14 +204,61 @@ void pack_band(const Conv& c, const Geometry& g, const Band& b, PanelWriter& w) 
       int64_t to = (ph * g.phases_w + pw) * phase_positions(g, b.images, b.rows) * g.pixel;
       for (int64_t i = 0; i < b.images; ++i) {
         for (int64_t row = 0; row < panel_rows(g, b.rows); ++row, to += g.pitch * g.pixel) {
-          pack_row<Panel, R, T>(c, g, w, b.image + i, (b.row + row) * s.stride_h + ph - s.pad_h, pw, to);
+          pack_row<Panel, R, T>(c, g, w, b.image + i, (g.first_row + b.row + row) * s.stride_h + ph - s.pad_h, pw, to);
         }
       }
     }
   }
   // Taps of the last positions reach past the end: zeros, so that junk stays finite and plane 3 stays exact.
   const int64_t used = g.phases_h * g.phases_w * phase_positions(g, b.images, b.rows) * g.pixel;
-  zero_pixels<Panel>(w, used, min64(w.plane - used - kWidth, (g.format.tile + (s.kernel_w - 1) * s.dilation_w + s.pad_w + 1) * g.pixel));
+  zero_pixels<Panel>(w, used, min64(w.plane - used - kWidth, tail_elements(g)));
+}
+
+// One row of x with its padding, all pixels as neighbours: [(W + 2 pad)*C] elements, zeros up to `width`.
+template <class Panel, Reads R, class T>
+FASTRES_INLINE void pack_whole_row(const Conv& c, PanelWriter& w, int64_t image, int64_t row, int64_t to, int64_t width) {
+  const ConvShape& s = c.shape;
+  const int64_t C = s.in_channels, n = s.width * C, at = to + s.pad_w * C;
+  zero_pixels<Panel>(w, to, width);
+  if (row < 0 || row >= s.height) return;
+  const int64_t begin = (image * s.height + row) * s.width;
+  if constexpr (R != Reads::plain) {
+    for (int64_t q = 0; q < s.width; ++q) pack_pixel<Panel, R, T>(c, w, (begin + q) * C, at + q * C, 0);
+  } else if constexpr (kCopies<Panel, R, T>) {
+    copy_elements(static_cast<typename Panel::Element*>(w.panel) + at, static_cast<const typename Panel::Element*>(c.x) + begin * C, n);
+  } else {
+    int64_t k = 0;
+    if constexpr (kSplitsPairs<Panel>) {
+      for (; k + 2 * kWidth <= n; k += 2 * kWidth) {
+        write_pair(w, at + k, read_vector<R, T, false>(c, begin * C + k, 0, kWidth),
+                   read_vector<R, T, false>(c, begin * C + k + kWidth, 0, kWidth));
+      }
+    }
+    for (; k + kWidth <= n; k += kWidth) write_vector<Panel>(w, at + k, read_vector<R, T, false>(c, begin * C + k, 0, kWidth));
+    if (k < n) write_vector<Panel>(w, at + k, read_vector<R, T, true>(c, begin * C + k, 0, n - k));
+  }
+}
+
+// Packing with overlapping positions: whole rows, by phases.
+template <class Panel, Reads R, class T>
+void pack_rows(const Conv& c, const Geometry& g, const Band& b, PanelWriter& w) {
+  const ConvShape& s = g.s;
+  const int64_t width = g.pitch * g.pixel;
+  int64_t to = 0;
+  for (int64_t ph = 0; ph < g.phases_h; ++ph) {
+    for (int64_t i = 0; i < b.images; ++i) {
+      for (int64_t row = 0; row < panel_rows(g, b.rows); ++row, to += width) {
+        pack_whole_row<Panel, R, T>(c, w, b.image + i, (g.first_row + b.row + row) * s.stride_h + ph - s.pad_h, to, width);
+      }
+    }
+  }
+  zero_pixels<Panel>(w, to, min64(w.plane - to, tail_elements(g)));
+  if constexpr (sizeof(typename Panel::Element) == sizeof(bf16) && Panel::kPlanes == 1) {
+    const uint16_t* p = static_cast<const uint16_t*>(w.panel);
+    unsigned found = 0;
+    for (int64_t i = 0; i < to; ++i) found |= (p[i] & 0x7f80u) == 0x7f80u;
+    w.special = found != 0;
+  }
 }
 
 // Packing by columns. The row buffer holds the band's input rows with their padding, [rows, (W + 2 pad)*C]; then each output position
@@ -253,28 +300,7 @@ void pack_columns(const Conv& c, const Geometry& g, const Band& b, PanelWriter& 
     // The row buffer lies behind the planes and has the planes' distance itself.
     PanelWriter buffer{rows * width, static_cast<E*>(w.panel) + (Panel::kPlanes == 1 ? 1 : 4) * w.plane, w.special, rows * width, 0, C};
     for (int64_t row = 0; row < rows; ++row) {
-      const int64_t h = b.row * s.stride_h + row - s.pad_h, to = row * width;
-      zero_pixels<Panel>(buffer, to, width);
-      if (h < 0 || h >= s.height) continue;
-      const int64_t begin = ((b.image + i) * s.height + h) * s.width;
-      if constexpr (R == Reads::plain) {  // channels of neighbouring pixels are neighbours: one long run
-        const int64_t n = s.width * C, at = to + s.pad_w * C;
-        if constexpr (kCopies<Panel, R, T>) {
-          copy_elements(static_cast<E*>(buffer.panel) + at, static_cast<const E*>(c.x) + begin * C, n);
-          continue;
-        }
-        int64_t k = 0;
-        if constexpr (kSplitsPairs<Panel>) {
-          for (; k + 2 * kWidth <= n; k += 2 * kWidth) {
-            write_pair(buffer, at + k, read_vector<R, T, false>(c, begin * C + k, 0, kWidth),
-                       read_vector<R, T, false>(c, begin * C + k + kWidth, 0, kWidth));
-          }
-        }
-        for (; k + kWidth <= n; k += kWidth) write_vector<Panel>(buffer, at + k, read_vector<R, T, false>(c, begin * C + k, 0, kWidth));
-        if (k < n) write_vector<Panel>(buffer, at + k, read_vector<R, T, true>(c, begin * C + k, 0, n - k));
-      } else {
-        for (int64_t q = 0; q < s.width; ++q) pack_pixel<Panel, R, T>(c, buffer, (begin + q) * C, to + (s.pad_w + q) * C, 0);
-      }
+      pack_whole_row<Panel, R, T>(c, buffer, b.image + i, (g.first_row + b.row) * s.stride_h + row - s.pad_h, row * width, width);
     }
     if (buffer.special && !w.special) {
       w.special = true;
@@ -308,6 +334,7 @@ void pack_columns(const Conv& c, const Geometry& g, const Band& b, PanelWriter& 
 
 template <class Panel, Reads R, class T>
 void pack_either(const Conv& c, const Geometry& g, const Band& b, PanelWriter& w) {
+  if (g.overlap) return pack_rows<Panel, R, T>(c, g, b, w);
   g.columns ? pack_columns<Panel, R, T>(c, g, b, w) : pack_band<Panel, R, T>(c, g, b, w);
 }
 

@@ -303,6 +303,7 @@ struct GradientTask {
                                        out + ((block * taps + tap) * c_blocks + c / 32) * 1024,
                                        false,
                                        band == group * cut.bands_per_group && from == 0,
+                                       nullptr,
                                        0};
                 constexpr bool split_floats = sizeof(T) == sizeof(float);
                 two ? amx_block<split_floats, true>(product) : amx_block<split_floats, false>(product);

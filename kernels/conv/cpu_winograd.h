@@ -190,6 +190,7 @@ inline const char* winograd_refusal(const Conv& c) {
   if (c.offset != nullptr) return "gradients as input";
   if (c.stats != nullptr) return "statistics of the output";
   if (c.pre != nullptr) return "masked outputs";
+  if (c.part) return "parts of the output";
   return nullptr;
 }
 
