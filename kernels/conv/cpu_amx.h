@@ -235,8 +235,10 @@ struct AmxTask {
     const bool last = chunk + 1 == g.chunks;
     AmxBlock p{{nullptr, nullptr}, g.pixel * 2, w.plane, offsets, steps, nullptr, acc, w.special, chunk == 0, nullptr, 0};
     asm volatile("" ::: "memory");  // tile loads are opaque to the compiler: what was packed must be in memory
-    // A block's weights arrive in the second cache while the one before is computed, spread over its pairs of tiles.
-    const int64_t fetched = ceil_div(steps * kPlanes * 32, steps * ceil_div(count, 2));
+    // Where there are products enough to hide it, a block's weights arrive in the second cache while the one before is computed. With few,
+    // the hardware's own prefetching reads faster: a prefetch instruction occupies the first cache's few buffers until its line is there.
+    const int64_t pairs = ceil_div(count, 2);
+    const int64_t fetched = pairs >= 6 && steps * kPlanes * 2048 <= (320 << 10) ? ceil_div(kPlanes * 32, pairs) : 0;
     const auto one = [&](int64_t block, int64_t i) __attribute__((always_inline)) {
       const bool two = i + 1 < count;
       p.a[0] = positions + tiles[i].v * g.pixel;
