@@ -106,9 +106,19 @@ FASTRES_INLINE bool is_flat(const ConvShape& s) {
 
 // Rows and images of a band: as large as the panel's budget allows, yet enough bands to go round the threads. Where one image is too small
 // to fill them, the blocks of output channels are split as well, and each split packs its own panel.
-FASTRES_INLINE void cut_into_bands(Geometry& g, int threads, int64_t weight_bytes) {
+FASTRES_INLINE void cut_into_bands(Geometry& g, int threads, int64_t weight_bytes, bool sums) {
   const ConvShape& s = g.s;
   const int64_t P = s.out_height, N = s.images;
+  const int64_t whole = g.in_place ? N * P * s.in_channels * g.format.element : panel_cached(g, N, P);
+  if (!sums && threads > 1 && whole <= g.format.budget && weight_bytes >= 2 * whole && g.blocks >= threads) {
+    // Threads share the weights, which are what there is to read; each packs the same panel. (Not where a task sums over positions: a chain
+    // of sums over all of them loses digits.)
+    g.rows = P;
+    g.images = N;
+    g.bands = 1;
+    g.splits = g.blocks % threads == 0 ? threads : min64(g.blocks, 2 * threads);
+    return;
+  }
   // Many tasks cost repeated reads of the weights; few leave threads waiting for the last one.
   const int64_t wanted = threads <= 1 ? 1 : threads * (weight_bytes > (int64_t{3} << 20) ? 1 : 4);
   const int64_t unit = is_flat(s) ? g.format.tile * 2 : 1;  // rows come in pairs of tiles where a row is one position
@@ -185,7 +195,7 @@ FASTRES_INLINE Geometry geometry_of(const Conv& c, const PanelFormat& format) {
   }
   g.spans = g.pitch == s.out_width || (format.spans_rows && !(g.overlap && s.out_width % format.tile == 0));
   const int64_t weights = g.blocks * format.block * g.chunks * g.runs * g.run * format.element * min64(format.planes, 3);
-  cut_into_bands(g, c.threads, weights);
+  cut_into_bands(g, c.threads, weights, c.stats != nullptr || c.pre != nullptr);
   return g;
 }
 
