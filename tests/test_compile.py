@@ -190,6 +190,53 @@ def test_max_pool_keeps_nan_and_minus_infinity():
         assert torch.equal(compiled(x.to(dtype)).nan_to_num(7), model(x.to(dtype)).nan_to_num(7))
 
 
+STEMS = (
+    # channels, outputs, kernel, stride, padding of the convolution; kernel, stride, padding, dilation of the pool; H, W
+    (3, 64, 7, 2, 3, 3, 2, 1, 1, 65, 50),
+    (3, 64, 7, 2, 3, 3, 2, 1, 1, 224, 32),
+    (4, 33, 5, 1, 2, 2, 2, 0, 1, 31, 37),
+    (1, 20, 3, 2, 0, 3, 1, 1, 2, 40, 29),
+    (16, 40, 3, 1, 1, 3, 3, 1, 1, 17, 70),
+    (70, 65, 1, 2, 0, 3, 2, 1, 1, 30, 21),
+)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16"])
+@pytest.mark.parametrize("stem", STEMS, ids=str)
+def test_a_convolution_and_its_pool_are_one_step(stem, dtype):
+    c, k, r, s, p, kernel, stride, padding, dilation, h, w = stem
+    model = nn.Sequential(nn.Conv2d(c, k, r, s, p), nn.ReLU(), nn.MaxPool2d(kernel, stride, padding, dilation)).eval()
+    x = images(3, c, h, w)
+    x[1, 0, h // 2, w // 2], x[2, 0, 0, 0], x[2, 0, h - 1, w - 1] = float("nan"), float("inf"), float("-inf")
+    truth = copy.deepcopy(model).double()(x.to(dtype).double()).detach()
+    peer = copy.deepcopy(model).to(dtype)(x.to(dtype)).detach()
+    for kernel in {"direct", "amx"}.intersection(_native.conv_kernels()):
+        compiled = fastres.compile(model.to(dtype), x.to(dtype).nan_to_num(1, 1, 1), kernels={"0": kernel})
+        assert len(compiled.steps()) == 2 and compiled.steps()[1]["name"].startswith("0 + ")
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            y = compiled(x.to(dtype))
+            infinite = truth.isinf()
+            assert torch.equal(y.isinf(), infinite) and torch.equal(y[infinite].double(), truth[infinite])
+            assert_parity(y.masked_fill(infinite, 0), peer.masked_fill(infinite, 0), truth.masked_fill(infinite, 0))
+
+
+def test_a_convolution_that_others_read_keeps_its_map():
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.pool = nn.Conv2d(3, 32, 3, 2, 1), nn.MaxPool2d(3, 1, 1)
+
+        def forward(self, x):
+            y = self.conv(x)
+            return self.pool(y) + y
+
+    model, x = Both().eval(), images(2, 3, 20, 21)
+    compiled = fastres.compile(model, x)
+    assert not any(" + " in step["name"] for step in compiled.steps())
+    torch.testing.assert_close(compiled(x), model(x).detach(), rtol=1e-4, atol=1e-5)
+
+
 def _typed(model: nn.Module) -> nn.Module:
     """With a bf16 parameter that says which dtype the network is in."""
     return nn.Sequential(nn.BatchNorm2d(19, affine=False, eps=0.0), model).eval().to(torch.bfloat16)

@@ -19,7 +19,9 @@ dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16"])
 
 CASES = (
     *PLAIN[:7],
-    PLAIN[8]._replace(n=3),  # of 2 images, the chance of three sums' rounding decides whether the peer is within half of ours
+    PLAIN[8]._replace(
+        n=3
+    ),  # of 2 images, the chance of three sums' rounding decides whether the peer is within half of ours
     PLAIN[11],
     PLAIN[13],
     PLAIN[14],

@@ -36,10 +36,10 @@ struct AmxBlock {
   int64_t plane;           // elements from plane to plane
   const int64_t* offsets;  // [steps] elements from a to each step's 32 elements of K
   int64_t steps;
-  const bf16* b;  // weights of the block
-  float* acc;     // [32 positions][32 channels]
-  bool special;   // plane 3 holds values that are not finite
-  bool first;     // sums start at zero, not at what acc holds
+  const bf16* b;     // weights of the block
+  float* acc;        // [32 positions][32 channels]
+  bool special;      // plane 3 holds values that are not finite
+  bool first;        // sums start at zero, not at what acc holds
   const bf16* next;  // weights to be brought into the second cache meanwhile,
   int64_t fetched;   // and how many lines of them a step
 };

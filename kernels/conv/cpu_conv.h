@@ -25,7 +25,7 @@ struct Conv {
   ConvShape shape;
   bool bfloat16;  // dtype of x, residual, y (and of grad pieces below); float otherwise. Everything else is float.
   bool relu;
-  bool part;          // only output rows [first_row, first_row + shape.out_height) of the convolution; y points at the first of them
+  bool part;  // only output rows [first_row, first_row + shape.out_height) of the convolution; y points at the first of them
   int64_t first_row;
   bool packed_for_one;   // weights are packed for this call alone, so that packing must be cheap
   int threads;           // how many threads share the tasks: 1 asks for the largest blocks
