@@ -65,6 +65,10 @@ _executors: list[Executor] = []
 
 
 def _on_device(launch: Launch) -> None:
+    if interpreted():
+        from fastres.kernels.common.triton_interpreter import repair
+
+        repair()
     launch.kernel[launch.grid](
         **launch.arguments, **launch.constants, num_warps=launch.num_warps, num_stages=launch.num_stages
     )
