@@ -28,13 +28,19 @@ class Region:
     def __init__(self, storage: torch.UntypedStorage, cell: int) -> None:
         self.base, self.size, self.cell = storage.data_ptr(), storage.nbytes(), cell
         self.bytes = torch.empty(0, dtype=torch.uint8).set_(storage).numpy()
+        self._views: dict[int, np.ndarray] = {}
         cells = self.size // cell
         self.owner = np.full(cells, -1, np.int8)  # index of the argument
         self.writer = np.zeros(cells, np.int32)  # program + 1, 0 for none
         self.reader = np.zeros(cells, np.int32)  # program + 1, 0 for none, -1 for several
-        self.atomic = np.zeros(cells, bool)
         self.loaded = np.zeros(cells, bool)
         self.stored = np.zeros(cells, bool)
+
+    def view(self, width: int) -> np.ndarray:
+        """The memory as unsigned integers of ``width`` bytes."""
+        if width not in self._views:
+            self._views[width] = self.bytes[: self.size // width * width].view(f"u{width}")
+        return self._views[width]
 
     def add(self, index: int, tensor: torch.Tensor) -> None:
         width = tensor.element_size() // self.cell
@@ -79,21 +85,26 @@ class GuardedMemory:
         self.starts = np.array([r.base for r in self.regions], np.int64)
         self._counts = {kind: np.zeros(len(self.names), np.int64) for kind in ("load", "store")}
 
-    def load(self, addresses: np.ndarray, size: int) -> None:
-        """Checks and counts loads of ``size`` bytes at each address (int64, one dimension)."""
-        for region, part in self._split(addresses, size, "load"):
-            cells = self._cells(region, part, size, "load")
+    def load(self, addresses: np.ndarray, size: int, programs: np.ndarray | None = None) -> None:
+        """Checks and counts loads of ``size`` bytes at each address (int64, one dimension).
+
+        ``programs``: the program of each lane, where it isn't ``program`` for all.
+        """
+        for region, where in self._split(addresses, size, "load"):
+            cells, each = self._cells(region, addresses[where], size, "load")
             region.loaded[cells] = True
             if self.check_stores:
-                self._read(region, cells)
+                self._read(region, cells, self._tags(programs, where, each))
 
-    def store(self, addresses: np.ndarray, size: int, values: np.ndarray | None = None) -> None:
+    def store(
+        self, addresses: np.ndarray, size: int, values: np.ndarray | None = None, programs: np.ndarray | None = None
+    ) -> None:
         """Checks and counts stores. Two lanes may store to one address only if their ``values`` are the same."""
-        for region, part in self._split(addresses, size, "store"):
-            cells = self._cells(region, part, size, "store")
+        for region, where in self._split(addresses, size, "store"):
+            cells, each = self._cells(region, addresses[where], size, "store")
             region.stored[cells] = True
             if self.check_stores:
-                self._write(region, cells)
+                self._write(region, cells, self._tags(programs, where, each))
         if self.check_stores and values is not None and len(addresses) > 1:
             order = np.argsort(addresses, kind="stable")
             ordered, kept = addresses[order], values.reshape(len(addresses), -1)[order]
@@ -102,22 +113,23 @@ class GuardedMemory:
 
     def atomic(self, addresses: np.ndarray, size: int) -> None:
         """Checks and counts atomic updates: a load and a store each, in no order, so several programs may do it."""
-        for region, part in self._split(addresses, size, "atomic"):
-            cells = self._cells(region, part, size, "load")
-            self._cells(region, part, size, "store")
-            region.loaded[cells] = region.stored[cells] = region.atomic[cells] = True
+        for region, where in self._split(addresses, size, "atomic"):
+            cells, _ = self._cells(region, addresses[where], size, "load")
+            self._cells(region, addresses[where], size, "store")
+            region.loaded[cells] = region.stored[cells] = True
 
-    def gather(self, addresses: np.ndarray, size: int) -> np.ndarray:
-        """The bytes at checked addresses, [lanes, size] uint8."""
-        out = np.empty((len(addresses), size), np.uint8)
+    def gather(self, addresses: np.ndarray, width: int, count: int) -> np.ndarray:
+        """[lanes, count] unsigned elements of ``width`` bytes at checked addresses."""
+        out = np.empty((len(addresses), count), f"u{width}")
         for region, where in self._regions(addresses):
-            out[where] = region.bytes[(addresses[where] - region.base)[:, None] + np.arange(size)]
+            out[where] = region.view(width)[((addresses[where] - region.base) // width)[:, None] + np.arange(count)]
         return out
 
-    def scatter(self, addresses: np.ndarray, data: np.ndarray) -> None:
-        """Writes bytes ([lanes, size] uint8) to checked addresses."""
+    def scatter(self, addresses: np.ndarray, values: np.ndarray) -> None:
+        """Writes [lanes, count] unsigned elements to checked addresses."""
+        width, count = values.itemsize, values.shape[1]
         for region, where in self._regions(addresses):
-            region.bytes[(addresses[where] - region.base)[:, None] + np.arange(data.shape[1])] = data[where]
+            region.view(width)[((addresses[where] - region.base) // width)[:, None] + np.arange(count)] = values[where]
 
     def traffic(self) -> Traffic:
         named = {k: {n: int(v) for n, v in zip(self.names, c, strict=True) if v} for k, c in self._counts.items()}
@@ -143,16 +155,22 @@ class GuardedMemory:
         for index in np.unique(at_each):
             yield self.regions[index], at_each == index
 
-    def _split(self, addresses: np.ndarray, size: int, kind: str) -> Iterator[tuple[Region, np.ndarray]]:
+    def _split(self, addresses: np.ndarray, size: int, kind: str) -> Iterator[tuple[Region, Any]]:
         if not len(addresses):
             return
         if not self.regions or addresses.min() < self.starts[0]:
             raise OutOfBounds(f"{kind} at an address below every argument, program {self.program}")
-        for region, where in self._regions(addresses):
-            yield region, addresses[where]
+        yield from self._regions(addresses)
 
-    def _cells(self, region: Region, addresses: np.ndarray, size: int, kind: str) -> np.ndarray:
-        """The cells of an access, counted by argument; raises if one belongs to no argument."""
+    def _tags(self, programs: np.ndarray | None, where: Any, each: int) -> Any:
+        """Program + 1 for every cell of an access."""
+        if programs is None:
+            return self.program + 1
+        tags = programs[where] + 1
+        return np.repeat(tags, each) if each > 1 else tags
+
+    def _cells(self, region: Region, addresses: np.ndarray, size: int, kind: str) -> tuple[np.ndarray, int]:
+        """The cells of an access, counted by argument, and how many each lane has; raises if one is no argument's."""
         offsets = addresses - region.base
         if (addresses % size).any():
             raise Misaligned(
@@ -160,9 +178,9 @@ class GuardedMemory:
             )
         outside = offsets + size > region.size
         if not outside.any():
-            cells = offsets // region.cell
-            if size > region.cell:
-                cells = (cells[:, None] + np.arange(size // region.cell)).reshape(-1)
+            cells, each = offsets // region.cell, max(1, size // region.cell)
+            if each > 1:
+                cells = (cells[:, None] + np.arange(each)).reshape(-1)
             owners = region.owner[cells]
             least = owners.min()
             if least >= 0:
@@ -171,7 +189,7 @@ class GuardedMemory:
                     self._counts[kind][least] += len(owners) * share
                 else:
                     self._counts[kind] += np.bincount(owners, minlength=len(self.names)) * share
-                return cells
+                return cells, each
             outside = (owners < 0).reshape(len(addresses), -1).any(axis=1)
         near = sorted({self.names[i] for i in np.unique(region.owner) if i >= 0})
         raise OutOfBounds(
@@ -179,20 +197,22 @@ class GuardedMemory:
             f"{int(offsets[outside][0])} of the storage ({region.size} bytes) that holds {', '.join(near)}"
         )
 
-    def _read(self, region: Region, cells: np.ndarray) -> None:
-        me = self.program + 1
+    def _read(self, region: Region, cells: np.ndarray, me: Any) -> None:
         writers = region.writer[cells]
-        if ((writers != 0) & (writers != me)).any():
-            raise ProgramRace(f"program {self.program} loads what program {int(writers.max()) - 1} stores")
+        if (foreign := (writers != 0) & (writers != me)).any():
+            raise ProgramRace(f"a program loads what program {int(writers[foreign][0]) - 1} stores")
         readers = region.reader[cells]
         region.reader[cells] = np.where((readers == 0) | (readers == me), me, -1)
+        if not isinstance(me, int) and (several := region.reader[cells] != me).any():
+            region.reader[cells[several]] = -1
 
-    def _write(self, region: Region, cells: np.ndarray) -> None:
-        me = self.program + 1
+    def _write(self, region: Region, cells: np.ndarray, me: Any) -> None:
         writers = region.writer[cells]
-        if ((writers != 0) & (writers != me)).any():
-            raise DoubleStore(f"programs {int(writers.max()) - 1} and {self.program} store to one address")
+        if (foreign := (writers != 0) & (writers != me)).any():
+            raise DoubleStore(f"program {int(writers[foreign][0]) - 1} and another one store to one address")
         readers = region.reader[cells]
         if ((readers != 0) & (readers != me)).any():
-            raise ProgramRace(f"program {self.program} stores what another program loads")
+            raise ProgramRace("a program stores what another program loads")
         region.writer[cells] = me
+        if not isinstance(me, int) and (region.writer[cells] != me).any():
+            raise DoubleStore("two programs store to one address")
