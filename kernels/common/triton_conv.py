@@ -26,7 +26,8 @@ def needs_int64(*elements: int) -> bool:
 
 def dot_precision(dtype: torch.dtype) -> str:
     """``input_precision`` of products: float32 is rounded to tf32 only where torch allows it for convolutions."""
-    if dtype == torch.float32 and torch.backends.cudnn.conv.fp32_precision == "tf32":
+    allowed = torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]
+    if dtype == torch.float32 and allowed == "tf32":
         return "tf32"
     return "ieee"
 
