@@ -225,10 +225,11 @@ def configurations(problem: ConvProblem) -> tuple[Config, ...]:
             (128, 64, 32, 8, 3),
             (64, 64, 64, 4, 3),
             (64, 64, 32, 4, 3),
-            (128, 64, 64, 8, 3),
             (64, 128, 32, 8, 3),
-            (128, 128, 32, 8, 2),
+            (128, 64, 32, 8, 4),
         )
+        if not problem.prologue:  # with its epilogue this one spills
+            space += ((128, 128, 32, 8, 3),)
     elif problem.tensor_cores:
         space = ((128, 64, 32, 8, 2), (64, 64, 32, 4, 3), (64, 32, 32, 4, 3))
     else:

@@ -221,12 +221,11 @@ def configurations(problem: ConvProblem) -> tuple[Config, ...]:
             (128, 128, 32, 8, 3),
             (64, 128, 32, 8, 3),
             (64, 64, 32, 4, 4),
-            (128, 128, 64, 8, 2),
         )
     elif problem.tensor_cores:
-        space = ((64, 64, 32, 4, 2), (64, 64, 32, 8, 3), (64, 32, 32, 4, 3))
+        space = ((64, 64, 32, 4, 2), (64, 32, 32, 4, 3))
     else:
-        space = ((64, 64, 16, 8, 2), (64, 32, 16, 4, 2))
+        space = ((64, 32, 16, 4, 2), (64, 64, 16, 4, 2))
     columns = problem.r * problem.s * problem.c if joint(problem) else problem.c
     found = (
         Config.of(
