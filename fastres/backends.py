@@ -7,9 +7,10 @@ request (``use_backend`` or ``FASTRES_BACKEND``) holds for every op that has the
 
 import difflib
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -17,13 +18,14 @@ from torch import Tensor
 
 from fastres import _library, tuning
 from fastres.errors import BackendError
+from fastres.kernels.common import triton_launch
 from fastres.ops.schemas import BACKENDS, OPS
 
 AUTO = "auto"
 PREFERENCE: dict[str, tuple[str, ...]] = {
     "cpu": ("native", "library", "reference"),
-    # Until a tuner has checked and timed them on the device at hand, our CUDA kernels are taken on request only.
-    "cuda": ("library", "reference", "cuda"),
+    # Until a tuner has checked and timed them on the device at hand, our own kernels are taken on request only.
+    "cuda": ("library", "reference", "triton", "cuda"),
 }
 _ANY_DEVICE = ("library", "reference")
 _CONVS = ("conv_stats", "conv_act")
@@ -32,6 +34,7 @@ _ENGINE_FIRST = ("amx",)
 _ENGINE_TRAINS_FROM = 64  # channels
 _DTYPES: dict[str, tuple[torch.dtype, ...]] = {
     "native": (torch.float32, torch.bfloat16),
+    "triton": (torch.float32, torch.float16, torch.bfloat16),
     "cuda": (torch.float32, torch.float16, torch.bfloat16),
 }
 _DEVICE_OF = {"native": "cpu", "cuda": "cuda"}
@@ -71,24 +74,27 @@ class Problem:
 
 @dataclass(frozen=True)
 class Choice:
-    """The backend taken, and for each one that was preferred to it the reason why it was not."""
+    """The backend taken, for each one that was preferred to it the reason why it was not, and what the choice costs."""
 
     backend: str
     refused: tuple[tuple[str, str], ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 def refusal(backend: str, op: str, device: str, dtype: torch.dtype) -> str | None:
     """``None`` if ``backend`` serves ``op`` on ``device`` in ``dtype``, else the reason in words."""
     if backend not in OPS[op].backends:
         return f"{backend} has no {op}"
-    if backend in _DEVICE_OF:
-        if device != _DEVICE_OF[backend]:
-            return f"{backend} runs on {_DEVICE_OF[backend]} tensors, not on {device}"
-        if dtype not in _DTYPES[backend]:
-            known = ", ".join(str(d).removeprefix("torch.") for d in _DTYPES[backend])
-            return f"{backend} takes {known}, not {str(dtype).removeprefix('torch.')}"
-        return _library.native_error() if backend == "native" else _library.cuda_error()
-    return None
+    if backend not in _DTYPES:
+        return None
+    if device != _DEVICE_OF.get(backend, device):
+        return f"{backend} runs on {_DEVICE_OF[backend]} tensors, not on {device}"
+    if dtype not in _DTYPES[backend]:
+        known = ", ".join(str(d).removeprefix("torch.") for d in _DTYPES[backend])
+        return f"{backend} takes {known}, not {str(dtype).removeprefix('torch.')}"
+    if backend == "triton":
+        return triton_launch.refusal(device)
+    return _library.native_error() if backend == "native" else _library.cuda_error()
 
 
 _environment_backend = os.environ.get("FASTRES_BACKEND", AUTO)
@@ -151,7 +157,10 @@ def select(op: str, x: Tensor, conv: Geometry | None = None) -> Choice:
     """
     device, dtype = x.device.type, x.dtype
     want = requested()
-    if want != AUTO and want in OPS[op].backends:
+    old = triton_launch.old_device() if want == "triton" and device == "cuda" else None
+    if old is not None:
+        choice = _without_triton(op, x, conv, old)
+    elif want != AUTO and want in OPS[op].backends:
         reason = refusal(want, op, device, dtype)
         if reason is not None:
             usable = [b for b in OPS[op].backends if refusal(b, op, device, dtype) is None]
@@ -163,8 +172,23 @@ def select(op: str, x: Tensor, conv: Geometry | None = None) -> Choice:
     else:
         choice = _first_that_serves(op, x, conv)
     if _recorder is not None:
-        _recorder.add(Problem.of(op, x, conv), choice)
+        _recorder.add(Problem.of(op, x, conv), replace(choice, notes=_notes(choice.backend, x)))
     return choice
+
+
+def _without_triton(op: str, x: Tensor, conv: Geometry | None, reason: str) -> Choice:
+    """What serves instead on a device that is too old for Triton. It is the one request that falls back, because one
+    program may run on old and new devices; it warns, and ``fastres.explain`` says it at each layer."""
+    if not torch.compiler.is_compiling():
+        warnings.warn(f"fastres: backend 'triton' was requested, but {reason}; the library serves", stacklevel=4)
+    choice = _first_that_serves(op, x, conv)
+    return replace(choice, refused=(("triton", reason), *choice.refused))
+
+
+def _notes(backend: str, x: Tensor) -> tuple[str, ...]:
+    if backend == "triton" and not x.is_contiguous(memory_format=torch.channels_last):
+        return ("triton converts this input to channels_last first: a copy at each call",)
+    return ()
 
 
 def _first_that_serves(op: str, x: Tensor, conv: Geometry | None) -> Choice:
@@ -184,6 +208,8 @@ def status() -> list[tuple[str, bool, str]]:
         error = {"native": _library.native_error, "cuda": _library.cuda_error}.get(backend, lambda: None)()
         if backend == "cuda" and error is None and not torch.cuda.is_available():
             error = "the library is loaded, but torch sees no CUDA device"
+        if backend == "triton":
+            error = triton_launch.refusal("cuda" if torch.cuda.is_available() else "cpu")
         ops = ", ".join(op for op, schema in OPS.items() if backend in schema.backends)
         rows.append((backend, error is None, error or f"serves {ops}"))
     return rows

@@ -108,7 +108,7 @@ def explain(model: nn.Module, x: Any) -> Explanation:
 
 def _row(layer: str, problem: backends.Problem, choice: backends.Choice) -> ExplanationRow:
     reasons = tuple(reason if reason.startswith(name) else f"{name}: {reason}" for name, reason in choice.refused)
-    return ExplanationRow(layer, problem.op, problem.shape, problem.dtype, choice.backend, reasons)
+    return ExplanationRow(layer, problem.op, problem.shape, problem.dtype, choice.backend, reasons + choice.notes)
 
 
 def _remarks(model: nn.Module, explanation: Explanation, report: Any) -> list[str]:

@@ -50,7 +50,7 @@ def trained(tmp_path_factory):
 def test_help_and_version_are_quick():
     program = (
         "import sys, fastres.cli\ntry: fastres.cli.main(sys.argv[1:])\nfinally:\n"
-        " heavy = {'torchvision', 'nvidia.dali', 'matplotlib', 'sklearn', 'scipy', 'tensorboard', 'torch._dynamo'}\n"
+        " heavy = {'torchvision', 'nvidia.dali', 'matplotlib', 'sklearn', 'scipy', 'tensorboard', 'torch._dynamo', 'triton'}\n"
         " print('LOADED', sorted(heavy & set(sys.modules)), file=sys.stderr)"
     )
     for arguments in (["--help"], ["--version"], ["train", "--help"]):

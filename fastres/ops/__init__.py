@@ -7,7 +7,7 @@ import torch
 
 from fastres import _library
 
-from . import autograd, fakes
+from . import autograd, deferred, fakes
 from .schemas import HELPERS, LIBRARY, OPS, define_all, op_name
 
 
@@ -22,6 +22,10 @@ def _register() -> None:
                 for suffix, _ in schema.extra:
                     name = op_name(op, backend, suffix)
                     LIBRARY.impl(name, getattr(module, suffix), "CompositeExplicitAutograd")
+            elif backend == "triton":  # on any device: one that can't run it is refused at the call, with the reason
+                for suffix in ("", "backward", *(suffix for suffix, _ in schema.extra)):
+                    implementation = deferred.triton(op, suffix or "forward")
+                    LIBRARY.impl(op_name(op, backend, suffix), implementation, "CompositeExplicitAutograd")
             elif backend == "native" and op in ("conv_stats", "conv_act"):  # put together in Python from native helpers
                 module = import_module(f"fastres.kernels.{op}.native")
                 for suffix in ("forward", "backward"):

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-BACKENDS = ("reference", "library", "native", "cuda")
+BACKENDS = ("reference", "library", "native", "triton", "cuda")
 
 _COEFFICIENTS = "Tensor {0}scale, Tensor {0}center, Tensor {0}shift"
 _OPTIONAL = "Tensor? {0}scale, Tensor? {0}center, Tensor? {0}shift"
@@ -37,20 +37,20 @@ OPS: dict[str, OpSchema] = {
         backward="(Tensor? grad_y, Tensor? grad_mean, Tensor? grad_var, Tensor x, Tensor weight, Tensor y, Tensor mean,"
         f" {_OPTIONAL.format('')}, bool relu, {_CONV}, bool need_input, bool need_weight)"
         " -> (Tensor grad_x, Tensor grad_weight, Tensor grad_scale, Tensor grad_shift)",
-        backends=("reference", "library", "native"),
+        backends=("reference", "library", "native", "triton"),
     ),
     "scale_shift_act": OpSchema(
         forward=f"({_POINT}) -> Tensor",
         backward=f"(Tensor grad, {_POINT}, bool need_residual)"
         " -> (Tensor grad_y, Tensor grad_scale, Tensor grad_shift,"
         " Tensor grad_residual, Tensor grad_res_scale, Tensor grad_res_shift)",
-        backends=("reference", "library", "native", "cuda"),
+        backends=("reference", "library", "native", "triton", "cuda"),
     ),
     "scale_shift_act_pool": OpSchema(
         forward=f"(Tensor y, {_COEFFICIENTS.format('')}, {_POOL}) -> (Tensor out, Tensor index)",
         backward=f"(Tensor grad, Tensor index, Tensor y, {_COEFFICIENTS.format('')}, {_POOL})"
         " -> (Tensor grad_y, Tensor grad_scale, Tensor grad_shift)",
-        backends=("reference", "library", "native"),
+        backends=("reference", "library", "native", "triton"),
         extra=(("gather", f"(Tensor y, {_COEFFICIENTS.format('')}, Tensor index, {_POOL}) -> Tensor"),),
     ),
     "conv_act": OpSchema(
@@ -58,7 +58,7 @@ OPS: dict[str, OpSchema] = {
         backward=f"(Tensor grad, Tensor x, Tensor weight, Tensor out, bool relu, {_CONV},"
         " bool need_input, bool need_weight, bool need_bias, bool need_residual)"
         " -> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias, Tensor grad_residual)",
-        backends=("reference", "library", "native"),
+        backends=("reference", "library", "native", "triton"),
     ),
 }
 

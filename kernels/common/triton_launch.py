@@ -13,6 +13,8 @@ import torch
 
 from fastres.errors import BackendError
 
+OLDEST = (7, 5)  # Turing: the first device with matrix instructions that Triton still generates
+
 
 @dataclass(frozen=True)
 class Config:
@@ -101,12 +103,20 @@ def refusal(device: str) -> str | None:
         return None
     if device == "cpu":
         return None if interpreted() else "triton runs on CPU tensors only under its interpreter (TRITON_INTERPRET=1)"
-    if device != "cuda":
-        return f"triton runs on cuda tensors, not on {device}"
-    if torch.cuda.is_available() and torch.cuda.get_device_capability() < (7, 5):
+    return old_device() if device == "cuda" else f"triton runs on cuda tensors, not on {device}"
+
+
+def old_device() -> str | None:
+    """The reason why the current CUDA device is too old, or None if it isn't, or if there is none."""
+    if torch.cuda.is_available() and torch.cuda.get_device_capability() < OLDEST:
         major, minor = torch.cuda.get_device_capability()
-        return f"triton's kernels need compute capability 7.5 (Turing), this device has {major}.{minor}"
+        return f"triton's kernels need compute capability {OLDEST[0]}.{OLDEST[1]}, this device has {major}.{minor}"
     return None
+
+
+# torch.compile asks once and does not trace them.
+refusal._dynamo_marked_constant = True  # type: ignore[attr-defined]
+old_device._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def require(device: str) -> None:
