@@ -58,12 +58,13 @@ def lay_out(x: Tensor, layout: str) -> Tensor:
     if layout == "channels_last":
         return x.contiguous(memory_format=torch.channels_last)
     n, c, h, w = x.shape
+    sentinel = min(1e30, torch.finfo(x.dtype).max)
     if layout == "offset":  # one image further in, channels_last
-        big = torch.full((n + 1, c, h, w), 1e30, dtype=x.dtype).contiguous(memory_format=torch.channels_last)
+        big = torch.full((n + 1, c, h, w), sentinel, dtype=x.dtype).contiguous(memory_format=torch.channels_last)
         big[1:] = x
         return big[1:]
     assert layout == "channel_slice"  # neither dense nor aligned
-    big = torch.full((n, c + 3, h, w), 1e30, dtype=x.dtype).contiguous(memory_format=torch.channels_last)
+    big = torch.full((n, c + 3, h, w), sentinel, dtype=x.dtype).contiguous(memory_format=torch.channels_last)
     big[:, 1 : c + 1] = x
     return big[:, 1 : c + 1]
 

@@ -30,6 +30,22 @@ def empty_like(y: Tensor, shape: tuple[int, ...] | None = None, dtype: torch.dty
     )
 
 
+def empty_channels_innermost(
+    like: Tensor, shape: tuple[int, ...] | None = None, dtype: torch.dtype | None = None
+) -> Tensor:
+    """Uninitialised [N, C, H, W] whose memory is the dense matrix [N·H·W, C] that Triton's kernels read and write, with the
+    strides of ``like``'s format where both formats are the same memory."""
+    shape = tuple(like.shape) if shape is None else shape
+    n, c, h, w = shape
+    fmt = memory_format_of(like) if c == 1 or h * w == 1 or not n * c * h * w else torch.channels_last
+    return torch.empty(shape, dtype=dtype or like.dtype, device=like.device, memory_format=fmt)
+
+
+def in_format_of(out: Tensor, like: Tensor) -> Tensor:
+    """``out`` in the memory format that every backend promises for an input ``like``; a copy where it is in another."""
+    return out.contiguous(memory_format=memory_format_of(like))
+
+
 def stats_dtype(dtype: torch.dtype) -> torch.dtype:
     """Dtype of means, variances and coefficients: float32, or float64 for float64 maps."""
     return torch.float64 if dtype == torch.float64 else torch.float32

@@ -8,24 +8,28 @@ from ..common.layout import absent, memory_format_of
 _aten = torch.ops.aten
 
 
-def forward(x, weight, scale, center, shift, relu: bool, stride, padding, dilation, groups: int, stats: bool):
-    a = x if scale is None else pointwise.prologue(x, scale, center, shift, relu)
+def forward(
+    x, weight, scale, center, shift, relu: bool, stride, padding, dilation, groups: int, stats: bool, passes=pointwise
+):
+    """``passes``: who computes what is around the convolution."""
+    a = x if scale is None else passes.prologue(x, scale, center, shift, relu)
     y = _aten.convolution(a, weight, None, stride, padding, dilation, False, [0, 0], groups)
     y = y.contiguous(memory_format=memory_format_of(x))
-    mean, var = pointwise.stats(y) if stats else (absent(y), absent(y))
+    mean, var = passes.stats(y) if stats else (absent(y), absent(y))
     return y, mean, var
 
 
 def backward(
     grad_y, grad_mean, grad_var, x, weight, y, mean, scale, center, shift,
     relu: bool, stride, padding, dilation, groups: int, need_input: bool, need_weight: bool,
+    passes=pointwise,
 ):  # fmt: skip
     g = grad_y
     if grad_mean is not None or grad_var is not None:
-        g = pointwise.stats_backward(grad_y, y, mean, grad_mean, grad_var)
+        g = passes.stats_backward(grad_y, y, mean, grad_mean, grad_var)
     a = x
     if scale is not None and need_weight:  # the activated input was not saved: it is recomputed
-        a = pointwise.prologue(x, scale, center, shift, relu)
+        a = passes.prologue(x, scale, center, shift, relu)
     da, grad_w, _ = _aten.convolution_backward(
         g, a, weight, None, stride, padding, dilation, False, [0, 0], groups, [need_input, need_weight, False]
     )
@@ -34,5 +38,5 @@ def backward(
         return absent(x), grad_w, absent(x), absent(x)
     if scale is None:
         return da.contiguous(memory_format=memory_format_of(x)), grad_w, absent(x), absent(x)
-    dx, grad_scale, grad_shift = pointwise.prologue_backward_(da, x, scale, center, shift, relu)
+    dx, grad_scale, grad_shift = passes.prologue_backward_(da, x, scale, center, shift, relu)
     return dx, grad_w, grad_scale, grad_shift
