@@ -67,6 +67,8 @@ def conv_forward(
     PAD_W: tl.constexpr,
     DILATION_H: tl.constexpr,
     DILATION_W: tl.constexpr,
+    C_UNIT: tl.constexpr,  # powers of two that divide C and K: how wide loads and stores may be
+    K_UNIT: tl.constexpr,
     IS_1X1: tl.constexpr,  # stride 1, no padding: a plain product, no pixel arithmetic
     FLAT: tl.constexpr,  # 0: the reduction walks channel blocks, and taps within one; else C: it walks taps·C as one axis
     PROLOGUE: tl.constexpr,
@@ -92,6 +94,8 @@ def conv_forward(
     weight served by the L2 cache after its first reading: x, weight, residual read once, y written once, and
     tiles·(2·K + 1)·4 of partial statistics.
     """
+    C = C // C_UNIT * C_UNIT  # the same numbers, as multiples that the compiler sees
+    K = K // K_UNIT * K_UNIT
     tiles_n = tl.cdiv(K, BLOCK_N)
     tile_m, tile_n = grouped_order(tl.program_id(0), tl.num_programs(0) // tiles_n, tiles_n, GROUP_M)
     row, image, p, q, row_exists = output_rows(tile_m, N, P, Q, PATCH_H, PATCH_W, BLOCK_M, INT64)

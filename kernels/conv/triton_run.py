@@ -1,5 +1,6 @@
 """Runs the Triton convolution forward: its configurations, its launches, its results. conv_stats and conv_act share it."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,6 @@ from ..common.triton_conv import ConvProblem, channels_last
 from ..common.triton_launch import Config, Launch
 from .triton_forward import conv_forward, merge_statistics
 
-FLAT_BELOW = 32  # channels: fewer don't fill one step of the reduction, so taps and channels make one axis
 MERGED_TILES, MERGED_CHANNELS = 128, 32
 TMA_FROM = (9, 0)
 
@@ -27,8 +27,11 @@ class Epilogue:
 
 
 def flat(problem: ConvProblem) -> bool:
-    """Whether the reduction walks taps and channels as one axis."""
-    return not problem.pointwise and problem.c < FLAT_BELOW
+    """Whether the reduction walks taps and channels as one axis: so few channels would leave most of a step empty.
+
+    Multiples of 8 don't walk it: a step of 16 takes them in aligned 16-byte loads.
+    """
+    return not problem.pointwise and problem.c < 16 and problem.c % 8 != 0
 
 
 def _tile(
@@ -42,13 +45,16 @@ def _tile(
 def configurations(problem: ConvProblem, capability: tuple[int, int] = (8, 0)) -> tuple[Config, ...]:
     """The tuning space of a problem on a device, default first. None of them spills on sm_80 to sm_120."""
     if not problem.tensor_cores:
-        return (_tile(64, 64, 16, 8, 2), _tile(64, 32, 16, 4, 2), _tile(32, 64, 32, 4, 2))
+        return (_tile(64, 64, 16, 8, 2), _tile(64, 32, 16, 4, 2), _tile(32, 64, 16, 4, 2))
     narrow = problem.k <= 64
     if flat(problem):
-        tiles = [_tile(128, 64, 16, 8, 3), _tile(64, 64, 32, 4, 2), _tile(128, 64, 32, 8, 2)]
-        return tuple(tiles)
+        return (_tile(128, 64, 16, 8, 3), _tile(64, 64, 32, 4, 2), _tile(128, 64, 32, 8, 2))
+    if problem.c % 2 and problem.sixteen_bit:  # loads of single elements, which hold an address each
+        return (_tile(64, 64, 32, 4, 2), _tile(128, 64, 32, 8, 2), _tile(64, 32, 32, 4, 2))
+    if problem.c <= 16:
+        return (_tile(128, 64, 16, 4, 4), _tile(128, 64, 16, 8, 4), _tile(64, 64, 16, 4, 4))
     depth = 64 if problem.sixteen_bit and problem.c >= 64 else 32
-    tiles = [_tile(128, 64, depth, 4, 3), _tile(64, 64, depth, 4, 4)]
+    tiles = [_tile(128, 64, 32, 4, 4), _tile(64, 64, depth, 4, 4), _tile(128, 64, depth, 8, 3)]
     if not narrow:
         tiles = [_tile(128, 128, 32, 8, 4), _tile(128, 128, depth, 8, 2)] + tiles
     if capability >= TMA_FROM and tma_serves(problem):
@@ -168,6 +174,8 @@ def _constants(problem: ConvProblem, epilogue: Epilogue) -> dict[str, Any]:
         "PAD_W": problem.padding[1],
         "DILATION_H": problem.dilation[0],
         "DILATION_W": problem.dilation[1],
+        "C_UNIT": math.gcd(problem.c, 16),
+        "K_UNIT": math.gcd(problem.k, 16),
         "IS_1X1": problem.pointwise,
         "FLAT": problem.c if flat(problem) else 0,
         "PROLOGUE": problem.prologue,
