@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 from emulation.errors import EmulationError
+from emulation.ptx import ptx_executor
 from emulation.triton_interpreter import interpreter_executor
 from parity import assert_parity
 from torch import Tensor
@@ -27,7 +28,7 @@ from fastres.kernels.conv_act import triton_backend as conv_act
 from fastres.kernels.conv_stats import reference as stats_reference
 from fastres.kernels.conv_stats import triton_backend as conv_stats
 
-EXECUTORS = {"source": interpreter_executor}
+EXECUTORS = {"source": interpreter_executor, "ptx": ptx_executor}
 executors = pytest.mark.parametrize("executor", EXECUTORS)
 shapes = pytest.mark.parametrize("index", range(len(SHAPES)), ids=[str(case) for case in SHAPES])
 
@@ -88,9 +89,10 @@ def test_exact(index: int, executor: str) -> None:
 @executors
 @shapes
 def test_random(index: int, executor: str) -> None:
-    """The tolerance rule, in the two precisions that the exact test of this shape did not take."""
+    """The tolerance rule: as source in two more precisions, as PTX in the one that the exact test compiled."""
     case = SHAPES[index]
-    for kind in (KINDS[(index + 1) % 4], KINDS[(index + 2) % 4]):
+    for offset in (1, 2) if executor == "source" else (0,):
+        kind = KINDS[(index + offset) % 4]
         inputs = normals(case, kind, index)
         names = ("y", "mean", "var")
         ours = run_stats(case, inputs, kind, executor)
@@ -132,8 +134,9 @@ SEVERAL_TILES = Case(2, 8, 12, 13, 140, 3, 3, padding=(1, 1))
 @executors
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_configuration(kind: str, executor: str) -> None:
-    """Every configuration that the tuner may take, with several tiles of rows and columns."""
-    for case in (SEVERAL_TILES, Case(1, 40, 9, 15, 70, 1, 1), Case(1, 3, 16, 17, 70, 5, 5, (2, 2), (2, 2))):
+    """Every configuration that the tuner may take, with several tiles of rows and columns (as PTX a kind of product a dtype)."""
+    cases = (SEVERAL_TILES, Case(1, 40, 9, 15, 70, 1, 1), Case(1, 3, 16, 17, 70, 5, 5, (2, 2), (2, 2)))
+    for case in cases if executor == "source" else (cases[KINDS.index(kind) % 3],):
         inputs = integers(case, kind)
         with precision(kind):
             problem = ConvProblem.of(inputs.x, inputs.weight, *case.geometry[:3], inputs.vectors[0], True)
@@ -250,6 +253,25 @@ def test_nan_and_infinity_stay_where_they_are() -> None:
     expected = torch.zeros(6, 6, dtype=torch.bool)
     expected[1:4, 1:4] = True
     assert torch.equal(y.isnan().all(1)[0], expected) and torch.equal(y.isnan().any(1)[0], expected)
+
+
+@pytest.mark.parametrize(
+    "case", [SEVERAL_TILES, Case(1, 40, 9, 15, 70, 1, 1), Case(2, 16, 7, 7, 24, 1, 1, (2, 2))], ids=str
+)
+def test_bytes(case: Case) -> None:
+    """The formulas of kernels/conv_stats/README.md: what is read and written at least once, and the partial statistics."""
+    inputs = integers(case, "fp16")
+    with executing_with(interpreter := interpreter_executor()):
+        y, _, _ = conv_stats.forward(inputs.x, inputs.weight, *inputs.vectors, True, *case.geometry, True)
+    problem = ConvProblem.of(inputs.x, inputs.weight, *case.geometry[:3], inputs.vectors[0], True)
+    tiles = triton_run.row_tiles(problem, triton_run.default_config(problem))
+    product, merge = interpreter.record
+    read = problem.rows_in if case.stride == (1, 1) else problem.rows_out  # a strided 1x1 skips pixels
+    assert product.unique_loaded["x"] == 2 * read * case.c
+    assert product.unique_loaded["weight"] == 2 * inputs.weight.numel()
+    assert product.stored["y"] == 2 * y.numel()
+    assert product.stored["partial"] + product.stored["counts"] == 4 * tiles * (2 * case.k + 1)
+    assert merge.loaded["partial"] <= 4 * (tiles + 1) * 2 * case.k and merge.stored["mean"] == 4 * case.k
 
 
 # ---- int64 offsets ----
