@@ -31,7 +31,12 @@ def require(name: str) -> ModuleType:
 def run_with_isa(isa: str, code: str, **environment: str) -> None:
     """Run Python code, which may import test modules, with an instruction set forced; fails as the code fails."""
     code = f"import fastres\nassert fastres.build_info()['isa'] == {isa!r}\n{code}"
-    env = {**os.environ, "FASTRES_ISA": isa, **environment}
+    run_python(code, FASTRES_ISA=isa, **environment)
+
+
+def run_python(code: str, **environment: str) -> None:
+    """Run Python code, which may import test modules, in a process of its own; fails as the code fails."""
+    env = {**os.environ, **environment}
     env["PYTHONPATH"] = os.pathsep.join([os.path.dirname(__file__), env.get("PYTHONPATH", "")])
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -1,6 +1,6 @@
 """Small kernels that the emulation tools are proven on, with the functions that launch them.
 
-BUG plants an error: an off-by-one mask or a tile stored twice.
+BUG plants an error: an off-by-one mask, a tile stored twice, a merge that depends on the order of its sides.
 """
 
 import torch
@@ -82,7 +82,20 @@ def row_sums(x, sums, ROWS, COLUMNS, BR: tl.constexpr, BC: tl.constexpr):
 
 @triton.jit
 def merge(count_a, mean_a, m2_a, count_b, mean_b, m2_b):
-    """Chan's merge of (count, mean, M2)."""
+    """Chan's merge of (count, mean, M2), the same to the last bit when its sides are exchanged.
+
+    A reduction runs as a butterfly, so each lane has its own order of the sides: all must come to the same result.
+    """
+    count = count_a + count_b
+    inverse = tl.where(count > 0, 1.0 / tl.maximum(count, 1.0), 0.0)
+    delta = mean_b - mean_a
+    mean = 0.5 * (mean_a + mean_b) + delta * (0.5 * (count_b - count_a) * inverse)
+    return count, mean, (m2_a + m2_b) + delta * delta * (count_a * count_b * inverse)
+
+
+@triton.jit
+def lopsided_merge(count_a, mean_a, m2_a, count_b, mean_b, m2_b):
+    """The usual formula: exchanged sides differ by rounding."""
     count = count_a + count_b
     share = tl.where(count > 0, count_b / tl.maximum(count, 1.0), 0.0)
     delta = mean_b - mean_a
@@ -90,7 +103,7 @@ def merge(count_a, mean_a, m2_a, count_b, mean_b, m2_b):
 
 
 @triton.jit
-def column_statistics(x, out, ROWS, COLUMNS, BR: tl.constexpr, BC: tl.constexpr):
+def column_statistics(x, out, ROWS, COLUMNS, BUG: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr):
     """out [2, COLUMNS] float32: mean and M2 of the columns of x [ROWS, COLUMNS], merged over tiles of rows."""
     column = tl.program_id(0) * BC + tl.arange(0, BC)
     count, mean, m2 = tl.zeros((BC,), tl.float32), tl.zeros((BC,), tl.float32), tl.zeros((BC,), tl.float32)
@@ -98,7 +111,11 @@ def column_statistics(x, out, ROWS, COLUMNS, BR: tl.constexpr, BC: tl.constexpr)
         row = start + tl.arange(0, BR)
         mask = (row[:, None] < ROWS) & (column[None, :] < COLUMNS)
         value = tl.load(x + row[:, None] * COLUMNS + column[None, :], mask=mask, other=0.0).to(tl.float32)
-        tile = tl.reduce((mask.to(tl.float32), value, tl.zeros((BR, BC), tl.float32)), 0, merge)
+        leaves = (mask.to(tl.float32), value, tl.zeros((BR, BC), tl.float32))
+        if BUG:
+            tile = tl.reduce(leaves, 0, lopsided_merge)
+        else:
+            tile = tl.reduce(leaves, 0, merge)
         count, mean, m2 = merge(count, mean, m2, tile[0], tile[1], tile[2])
     tl.store(out + column, mean, mask=column < COLUMNS)
     tl.store(out + COLUMNS + column, m2, mask=column < COLUMNS)
@@ -134,6 +151,20 @@ def arithmetic(a, b, out, BLOCK: tl.constexpr, OP: tl.constexpr):
     else:
         z = x + y.to(tl.float32)
     tl.store(out + at, z.to(out.dtype.element_ty))
+
+
+@triton.jit
+def careless_sum(x, out, SIZE, BLOCK: tl.constexpr):
+    """out = sum of x [SIZE], with no value given for the lanes beyond it."""
+    at = tl.arange(0, BLOCK)
+    tl.store(out, tl.sum(tl.load(x + at, mask=at < SIZE), axis=0))
+
+
+@triton.jit
+def scatter_add(at, values, out, BLOCK: tl.constexpr):
+    """out[at[i]] += values[i], float32, by atomics."""
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.atomic_add(out + tl.load(at + i), tl.load(values + i))
 
 
 @triton.jit
@@ -173,9 +204,9 @@ def launch_row_sums(x: Tensor, sums: Tensor, block=(8, 64), warps=4) -> Launch:
     )
 
 
-def launch_column_statistics(x: Tensor, out: Tensor, block=(32, 16), warps=4) -> Launch:
+def launch_column_statistics(x: Tensor, out: Tensor, block=(32, 16), warps=4, bug=False) -> Launch:
     rows, columns = x.shape
-    constants = dict(BR=block[0], BC=block[1])
+    constants = dict(BUG=bug, BR=block[0], BC=block[1])
     grid = (triton.cdiv(columns, block[1]),)
     return Launch(column_statistics, grid, dict(x=x, out=out, ROWS=rows, COLUMNS=columns), constants, warps)
 
