@@ -80,6 +80,10 @@ CASES: dict[str, tuple[str, Callable, Callable, Inputs, tuple[int, int, int], bo
         "scale_shift_act", ops.scale_shift_act, aten_end,
         lambda n, c, s: [image(n, c, s), *vectors(c), image(n, c, s), *vectors(c)], (16, 256, 56), True,
     ),
+    "scale_shift_act_mean": (
+        "scale_shift_act_mean", ops.scale_shift_act_mean, lambda *inputs: aten_end(*inputs).mean((2, 3)),
+        lambda n, c, s: [image(n, c, s), *vectors(c), image(n, c, s)], (16, 2048, 7), True,
+    ),
     "scale_shift_act_pool": (
         "scale_shift_act_pool", ops.scale_shift_act_pool, aten_pool,
         lambda n, c, s: [image(n, c, s), *vectors(c)], (16, 64, 112), True,

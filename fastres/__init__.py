@@ -10,7 +10,7 @@ from . import errors
 from ._library import build_info
 from ._version import __version__
 
-from .ops import bn_coefficients, conv_act, conv_stats, scale_shift_act, scale_shift_act_pool  # isort: skip
+from .ops import bn_coefficients, conv_act, conv_stats, scale_shift_act, scale_shift_act_mean, scale_shift_act_pool  # isort: skip
 from .backends import use_backend
 from .models import (
     create_model,
@@ -51,6 +51,7 @@ __all__ = [
     "resnet101",
     "resnet152",
     "scale_shift_act",
+    "scale_shift_act_mean",
     "scale_shift_act_pool",
     "tune",
     "use_backend",

@@ -59,6 +59,43 @@ def test_scale_shift_act(backend, shape, dtype, layout):
             compare("scale_shift_act", backend, (y, *vectors, *extra), {"relu": relu})
 
 
+MEAN_MAPS = [*MAPS, (2, 8, 1, 1), (1, 6, 13, 11)]
+
+
+def mean_cases(shape, dtype, layout):
+    """(tensors, keyword arguments)."""
+    y, residual = random_map(shape, dtype, layout), random_map(shape, dtype, layout, seed=2)
+    vectors, more = random_vectors(shape[1], 3), random_vectors(shape[1], 3, seed=3)
+    for extra in ((None,) * 4, (residual, None, None, None), (residual, *more)):
+        for relu in (True, False):
+            yield (y, *vectors, *extra), {"relu": relu}
+
+
+@pytest.mark.parametrize("layout", ["channels_last", "contiguous", "channel_slice"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", MEAN_MAPS, ids=str)
+def test_scale_shift_act_mean(shape, dtype, layout):
+    for tensors, kwargs in mean_cases(shape, dtype, layout):
+        compare("scale_shift_act_mean", "library", tensors, kwargs)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", MEAN_MAPS, ids=str)
+def test_native_mean_is_the_two_ops_apart(shape, dtype):
+    for tensors, kwargs in mean_cases(shape, dtype, "channels_last"):
+        results = []
+        for fused in (True, False):
+            inputs = leaves(*tensors)
+            if fused:
+                out = call("scale_shift_act_mean", "native", *inputs, **kwargs)
+            else:
+                out = call("scale_shift_act", "native", *inputs, **kwargs).mean((2, 3))
+            wanted = [t for i, t in enumerate(inputs) if t is not None and i not in (2, 6)]  # centers have no gradient
+            up = torch.randn(out.shape, generator=torch.Generator().manual_seed(7)).to(dtype)
+            results.append((out, *torch.autograd.grad(out, wanted, up)))
+        assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("window", [(3, 2, 1), (2, 2, 0), (3, 1, 1), (5, 3, 2)], ids=str)
@@ -123,7 +160,7 @@ def problem(op, dtype=torch.float64, n=2):
     weight = torch.randn(3, 4, 3, 3, dtype=dtype, generator=torch.Generator().manual_seed(1))
     if dtype != torch.float64:
         a, b = [v.float() for v in a], [v.float() for v in b]
-    if op == "scale_shift_act":
+    if op in ("scale_shift_act", "scale_shift_act_mean"):
         return (y, *a, random_map((n, 4, 5, 5), dtype, seed=6), *b), {"relu": True}
     if op == "scale_shift_act_pool":
         return (y, *a), {"relu": True}
@@ -142,7 +179,12 @@ def test_gradcheck(op, backend):
         out = call(op, backend, *inputs, **kwargs)
         return tuple(o for o in out if o.is_floating_point()) if isinstance(out, tuple) else out
 
-    centers = {"conv_stats": (3,), "scale_shift_act": (2, 6), "scale_shift_act_pool": (2,)}.get(op, ())
+    centers = {
+        "conv_stats": (3,),
+        "scale_shift_act": (2, 6),
+        "scale_shift_act_mean": (2, 6),
+        "scale_shift_act_pool": (2,),
+    }.get(op, ())
     # center is a constant to autograd by definition
     inputs = [t.detach().clone().requires_grad_(i not in centers) for i, t in enumerate(tensors)]
     assert torch.autograd.gradcheck(f, inputs)
@@ -151,7 +193,7 @@ def test_gradcheck(op, backend):
 def dispatcher_arguments(op, dtype):
     tensors, _ = problem(op, dtype)
     tensors = tuple(t if t is None else t.clone().requires_grad_() for t in tensors)
-    if op == "scale_shift_act":
+    if op in ("scale_shift_act", "scale_shift_act_mean"):
         return (*tensors, True)
     if op == "scale_shift_act_pool":
         return (*tensors, True, 3, 2, 1)

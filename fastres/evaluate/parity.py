@@ -79,6 +79,8 @@ def _cases() -> Iterator[tuple[str, Case]]:
     every = [y, *coefficients(33), other, *coefficients(33)]
     yield "scale_shift_act", (partial(fastres.scale_shift_act, relu=True), every)
     yield "scale_shift_act", (partial(fastres.scale_shift_act, relu=False), every)
+    yield "scale_shift_act_mean", (partial(fastres.scale_shift_act_mean, relu=True), [y, *coefficients(33), other])
+    yield "scale_shift_act_mean", (partial(fastres.scale_shift_act_mean, relu=True), every)
     yield "scale_shift_act_pool", (fastres.scale_shift_act_pool, _distinct(generator))
     # Small whole numbers, and biases halfway between them: no pre-activation is near the ReLU's edge, where rounding
     # could decide which gradients pass.

@@ -10,6 +10,8 @@ from fastres import _library
 from . import autograd, deferred, fakes
 from .schemas import HELPERS, LIBRARY, OPS, define_all, op_name
 
+COMPOSED = ("conv_stats", "conv_act", "scale_shift_act_mean")
+
 
 def _register() -> None:
     define_all()
@@ -26,7 +28,7 @@ def _register() -> None:
                 for suffix in ("", "backward", *(suffix for suffix, _ in schema.extra)):
                     implementation = deferred.triton(op, suffix or "forward")
                     LIBRARY.impl(op_name(op, backend, suffix), implementation, "CompositeExplicitAutograd")
-            elif backend == "native" and op in ("conv_stats", "conv_act"):  # put together in Python from native helpers
+            elif backend == "native" and op in COMPOSED:  # put together in Python from native helpers
                 module = import_module(f"fastres.kernels.{op}.native")
                 for suffix in ("forward", "backward"):
                     if hasattr(module, suffix):
@@ -59,7 +61,15 @@ from .functional import (  # noqa: E402  (the functions need the registered tabl
     conv_act,
     conv_stats,
     scale_shift_act,
+    scale_shift_act_mean,
     scale_shift_act_pool,
 )
 
-__all__ = ["bn_coefficients", "conv_act", "conv_stats", "scale_shift_act", "scale_shift_act_pool"]
+__all__ = [
+    "bn_coefficients",
+    "conv_act",
+    "conv_stats",
+    "scale_shift_act",
+    "scale_shift_act_mean",
+    "scale_shift_act_pool",
+]

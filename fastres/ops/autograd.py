@@ -64,6 +64,8 @@ class ConvStats:
 class ScaleShiftAct:
     """Inputs: y, scale, center, shift, residual, res_scale, res_center, res_shift, relu."""
 
+    op = "scale_shift_act"
+
     @staticmethod
     def setup_context(ctx, inputs, output):
         y, scale, center, shift, residual, res_scale, res_center, res_shift, relu = inputs
@@ -74,21 +76,36 @@ class ScaleShiftAct:
         ctx.relu = relu
 
     @staticmethod
-    def backward(backend: str, ctx, grad):
+    def residual_gradient(grad: Tensor, y: Tensor) -> Tensor:
+        """Where the residual is added as it is and no ReLU follows: backends don't compute it."""
+        return grad
+
+    @classmethod
+    def backward(cls, backend: str, ctx, grad):
         if grad is None:
             return (None,) * 9
         residual, *rest = _saved(ctx)
         y, scale, center, shift, res_scale, res_center, res_shift = rest
         needs = ctx.needs_input_grad
-        g_y, g_scale, g_shift, g_res, g_rscale, g_rshift = overload("scale_shift_act", backend, "backward")(
+        g_y, g_scale, g_shift, g_res, g_rscale, g_rshift = overload(cls.op, backend, "backward")(
             grad, y, scale, center, shift, residual, res_scale, res_center, res_shift, ctx.relu, needs[4]
         )
         if ctx.has_residual and res_scale is None and not ctx.relu:
-            g_res = grad
+            g_res = cls.residual_gradient(grad, y)
         return (
             _or_none(g_y, needs[0]), _or_none(g_scale, needs[1]), None, _or_none(g_shift, needs[3]),
             _or_none(g_res, needs[4]), _or_none(g_rscale, needs[5]), None, _or_none(g_rshift, needs[7]), None,
         )  # fmt: skip
+
+
+class ScaleShiftActMean(ScaleShiftAct):
+    """Inputs as ScaleShiftAct; the result is [N, C]."""
+
+    op = "scale_shift_act_mean"
+
+    @staticmethod
+    def residual_gradient(grad: Tensor, y: Tensor) -> Tensor:
+        return (grad / max(y.shape[2] * y.shape[3], 1))[:, :, None, None].expand(y.shape)
 
 
 class ScaleShiftActPool:
@@ -144,6 +161,7 @@ class ConvAct:
 FORMULAS: dict[str, Any] = {
     "conv_stats": ConvStats,
     "scale_shift_act": ScaleShiftAct,
+    "scale_shift_act_mean": ScaleShiftActMean,
     "scale_shift_act_pool": ScaleShiftActPool,
     "conv_act": ConvAct,
 }

@@ -13,7 +13,14 @@ from fastres.kernels.bn_coefficients.reference import forward as bn_coefficients
 from . import recipes
 from .schemas import overload
 
-__all__ = ["bn_coefficients", "conv_act", "conv_stats", "scale_shift_act", "scale_shift_act_pool"]
+__all__ = [
+    "bn_coefficients",
+    "conv_act",
+    "conv_stats",
+    "scale_shift_act",
+    "scale_shift_act_mean",
+    "scale_shift_act_pool",
+]
 
 Size2 = int | Sequence[int]
 
@@ -103,6 +110,27 @@ def conv_stats(
     return overload("conv_stats", backend)(x, weight, scale, center, shift, relu, *conv[1:], stats)
 
 
+def _checked_point(
+    op: str, y: Tensor, main: Sequence[Tensor], residual: Tensor | None, other: Sequence[Tensor | None]
+) -> tuple[Tensor, Tensor | None]:
+    """(y, residual) in autocast's dtype, if everything fits together."""
+    y, residual = _autocast(y, residual)  # type: ignore[assignment]
+    check_map(f"{op} input", y)
+    _check_vectors(op, y, y.shape[1], **dict(zip(("scale", "center", "shift"), main, strict=True)))
+    if residual is not None:
+        if residual.shape != y.shape:
+            raise InputError(
+                f"{op}: residual has shape {list(residual.shape)}, but the map has {list(y.shape)}; a block "
+                "that changes shape needs a projection or padding shortcut"
+            )
+        if residual.device != y.device or residual.dtype != y.dtype:
+            raise InputError(
+                f"{op}: residual is {residual.dtype} on {residual.device}, the map {y.dtype} on {y.device}"
+            )
+    _check_vectors(op, y, y.shape[1], **dict(zip(("res_scale", "res_center", "res_shift"), other, strict=True)))
+    return y, residual
+
+
 def scale_shift_act(
     y: Tensor,
     scale: Tensor,
@@ -128,21 +156,9 @@ def scale_shift_act(
     Raises:
         InputError: wrong shapes, dtypes or devices. BackendError: a requested backend can't serve.
     """
-    y, residual = _autocast(y, residual)  # type: ignore[assignment]
-    check_map("scale_shift_act input", y)
-    _check_vectors("scale_shift_act", y, y.shape[1], scale=scale, center=center, shift=shift)
-    if residual is not None:
-        if residual.shape != y.shape:
-            raise InputError(
-                f"scale_shift_act: residual has shape {list(residual.shape)}, but the map has {list(y.shape)}; a block "
-                "that changes shape needs a projection or padding shortcut"
-            )
-        if residual.device != y.device or residual.dtype != y.dtype:
-            raise InputError(
-                f"scale_shift_act: residual is {residual.dtype} on {residual.device}, the map {y.dtype} on {y.device}"
-            )
-    names = {"res_scale": res_scale, "res_center": res_center, "res_shift": res_shift}
-    _check_vectors("scale_shift_act", y, y.shape[1], **names)
+    y, residual = _checked_point(
+        "scale_shift_act", y, (scale, center, shift), residual, (res_scale, res_center, res_shift)
+    )
     backend = backends.select("scale_shift_act", y).backend
     args = (y, scale, center, shift, residual, res_scale, res_center, res_shift)
     forward = overload("scale_shift_act", backend)
@@ -154,6 +170,36 @@ def scale_shift_act(
 
 def _rebuild(forward: Callable[..., Tensor], relu: bool, *tensors: Tensor) -> Tensor:
     return forward(*tensors, relu)
+
+
+def scale_shift_act_mean(
+    y: Tensor,
+    scale: Tensor,
+    center: Tensor,
+    shift: Tensor,
+    residual: Tensor | None = None,
+    res_scale: Tensor | None = None,
+    res_center: Tensor | None = None,
+    res_shift: Tensor | None = None,
+    *,
+    relu: bool = True,
+) -> Tensor:
+    """The mean over H and W of :func:`scale_shift_act`: a network's last block and its global average pool.
+
+    Args:
+        y: [N, C, H, W], H and W at least 1. The rest as in :func:`scale_shift_act`.
+
+    Returns:
+        [N, C] in the dtype of ``y``; accumulated in float32 or wider.
+
+    Raises:
+        InputError: wrong shapes, dtypes or devices. BackendError: a requested backend can't serve.
+    """
+    op, main, other = "scale_shift_act_mean", (scale, center, shift), (res_scale, res_center, res_shift)
+    y, residual = _checked_point(op, y, main, residual, other)
+    if not y.shape[2] or not y.shape[3]:
+        raise InputError(f"{op}: the map {list(y.shape)} has no positions to average")
+    return overload(op, backends.select(op, y).backend)(y, *main, residual, *other, relu)
 
 
 def scale_shift_act_pool(

@@ -13,6 +13,10 @@ BACKENDS = ("reference", "library", "native", "triton", "cuda")
 _COEFFICIENTS = "Tensor {0}scale, Tensor {0}center, Tensor {0}shift"
 _OPTIONAL = "Tensor? {0}scale, Tensor? {0}center, Tensor? {0}shift"
 _POINT = f"Tensor y, {_COEFFICIENTS.format('')}, Tensor? residual, {_OPTIONAL.format('res_')}, bool relu"
+_POINT_BACKWARD = (
+    f"(Tensor grad, {_POINT}, bool need_residual) -> (Tensor grad_y, Tensor grad_scale, Tensor grad_shift,"
+    " Tensor grad_residual, Tensor grad_res_scale, Tensor grad_res_shift)"
+)
 _CONV = "int[2] stride, int[2] padding, int[2] dilation, int groups"
 _POOL = "bool relu, int kernel, int stride, int padding"
 _GRADIENT = (
@@ -41,9 +45,7 @@ OPS: dict[str, OpSchema] = {
     ),
     "scale_shift_act": OpSchema(
         forward=f"({_POINT}) -> Tensor",
-        backward=f"(Tensor grad, {_POINT}, bool need_residual)"
-        " -> (Tensor grad_y, Tensor grad_scale, Tensor grad_shift,"
-        " Tensor grad_residual, Tensor grad_res_scale, Tensor grad_res_shift)",
+        backward=_POINT_BACKWARD,
         backends=("reference", "library", "native", "triton", "cuda"),
     ),
     "scale_shift_act_pool": OpSchema(
@@ -52,6 +54,11 @@ OPS: dict[str, OpSchema] = {
         " -> (Tensor grad_y, Tensor grad_scale, Tensor grad_shift)",
         backends=("reference", "library", "native", "triton"),
         extra=(("gather", f"(Tensor y, {_COEFFICIENTS.format('')}, Tensor index, {_POOL}) -> Tensor"),),
+    ),
+    "scale_shift_act_mean": OpSchema(
+        forward=f"({_POINT}) -> Tensor",
+        backward=_POINT_BACKWARD,
+        backends=("reference", "library", "native", "triton"),
     ),
     "conv_act": OpSchema(
         forward=f"(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, bool relu, {_CONV}) -> Tensor",
