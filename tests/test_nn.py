@@ -280,3 +280,37 @@ def test_use_backend_reaches_the_layers():
             model(x)
         with fastres.use_backend("cuda"), pytest.raises(RuntimeError, match="runs on cuda tensors"):
             model.train()(torch.randn(2, 3, 32, 32))
+
+
+@pytest.mark.parametrize("memory", ["default", "recompute"])
+@pytest.mark.parametrize("name", ["resnet20", "plain20"])
+def test_the_last_block_averages_unless_it_is_watched(name, memory):
+    """The result is the same, bit for bit on the CPU, and hooks still see the map that they are there for."""
+    x = torch.randn(3, 3, 16, 16)
+    outcomes, shapes = [], []
+    torch.manual_seed(1)
+    model = fastres.create_model(name, memory=memory).train()
+    ran = [row.op for row in fastres.explain(model, x).rows]
+    assert ran[-1] == "Linear" and ran[-2] == "scale_shift_act_mean" and ran.count("scale_shift_act_mean") == 1
+    for hooked in (False, True):
+        if hooked:
+            model.layer3[-1].register_forward_hook(lambda module, args, out: shapes.append(tuple(out.shape)))
+        model.zero_grad()
+        out = model(x)
+        out.square().sum().backward()
+        outcomes.append([out.detach(), *(p.grad.clone() for p in model.parameters())])
+    assert shapes == [(3, 64, 4, 4)]
+    assert all(torch.equal(a, b) for a, b in zip(*outcomes, strict=True))
+
+
+def test_the_average_is_left_to_a_block_of_another_kind():
+    class Doubling(type(fastres.create_model("resnet20").layer3[-1])):
+        def forward(self, x, average=False):
+            return 2 * super().forward(x)
+
+    torch.manual_seed(1)
+    model = fastres.create_model("resnet20").train()
+    x = torch.randn(2, 3, 16, 16)
+    plain = model(x) - model.fc.bias
+    model.layer3[-1].__class__ = Doubling
+    assert torch.allclose(model(x) - model.fc.bias, 2 * plain, rtol=1e-5, atol=1e-6)

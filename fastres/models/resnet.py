@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fastres.errors import ModelError
 from fastres.inference.automatic import planned
-from fastres.nn.blocks import BasicBlock, Bottleneck, Memory, Shortcut
+from fastres.nn.blocks import BasicBlock, Bottleneck, Memory, Shortcut, watched
 from fastres.nn.functional import (
     channels_last,
     fused_conv_bn_act,
@@ -84,9 +84,21 @@ class _ResidualNetwork(Network):
         if self.fused and (result := planned(self, x)) is not None:
             return result
         x = self.stem(channels_last(x) if self.fused else x)
-        for name in self.stages:
+        for name in self.stages[:-1]:
             x = getattr(self, name)(x)
-        return self.fc(torch.flatten(F.adaptive_avg_pool2d(x, 1), 1))
+        return self.fc(_average(getattr(self, self.stages[-1]), x))
+
+
+def _average(stage: Any, x: Tensor) -> Tensor:
+    """The stage's result averaged over H and W, [N, C]; by its last block in training, where nobody watches."""
+    blocks = list(stage.children()) if isinstance(stage, nn.Sequential) and stage.training else []
+    end: Any = blocks[-1] if blocks else None
+    # Exactly these classes: a user's own, or one that a wrapper made of them, may do something else when it is called.
+    if type(end) not in (BasicBlock, Bottleneck) or not end.fused or watched(stage) or watched(end):
+        return torch.flatten(F.adaptive_avg_pool2d(stage(x), 1), 1)
+    for block in blocks[:-1]:
+        x = block(x)
+    return end.forward(x, average=True)
 
 
 class ResNet(_ResidualNetwork):

@@ -79,6 +79,14 @@ class PaddingShortcut(nn.Module):
         return F.pad(x, (0, 0, 0, 0, 0, self.channels_out - x.shape[1]))
 
 
+def watched(module: nn.Module) -> bool:
+    """Whether hooks want to see what goes into a module or comes out of it."""
+    own = (
+        module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks,
+    )  # fmt: skip
+    return any(own) or nn.modules.module._has_any_global_hook()
+
+
 class ResidualBlock(nn.Module):
     """What BasicBlock and Bottleneck share: the shortcut and the two memory modes.
 
@@ -119,17 +127,22 @@ class ResidualBlock(nn.Module):
         assert isinstance(self.downsample, nn.Sequential)
         return self.layer(x, self.downsample[0], self.downsample[1], False, updates=updates)
 
-    def finish(self, a: Activation, conv: nn.Conv2d, bn: nn.BatchNorm2d, x: Tensor) -> Tensor:
-        """Last convolution of the block, shortcut of ``x``, addition and ReLU."""
+    def forward(self, x: Tensor, average: bool = False) -> Tensor:
+        """The block's result [N, K, P, Q], or its mean over P and Q, [N, K], which in training is all that is computed."""
+        raise AssertionError("a block defines its convolutions")
+
+    def finish(self, a: Activation, conv: nn.Conv2d, bn: nn.BatchNorm2d, x: Tensor, average: bool) -> Tensor:
+        """Last convolution of the block, shortcut of ``x``, addition and ReLU; with ``average`` its mean over H and W."""
+        options = {"average": True} if average else {}
         if not (self.memory == "recompute" and self.fused and bn.training and isinstance(a, Pending) and len(x)):
-            return materialize(self.layer(a, conv, bn, True, self.residual(x)))
+            return materialize(self.layer(a, conv, bn, True, self.residual(x), **options))
         projection = isinstance(self.downsample, nn.Sequential)
         norms = [self.downsample[1], bn] if projection else [bn]  # type: ignore[index]
 
         def tail(x: Tensor, y: Tensor, scale: Tensor, center: Tensor, shift: Tensor) -> tuple[Tensor, ...]:
             updates: Updates = []
             pending = Pending(y, scale, center, shift, True)
-            out = materialize(self.layer(pending, conv, bn, True, self.residual(x, updates), updates))
+            out = materialize(self.layer(pending, conv, bn, True, self.residual(x, updates), updates, **options))
             return (out, *(vector for stats in updates for vector in stats))
 
         out, *vectors = checkpoint(tail, x, *a[:4], use_reentrant=False, preserve_rng_state=False)
@@ -162,9 +175,9 @@ class BasicBlock(ResidualBlock):
         self.bn2 = nn.BatchNorm2d(width)
         self.add_shortcut(shortcut, channels_in, width, stride)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, average: bool = False) -> Tensor:
         a = self.layer(x, self.conv1, self.bn1, True)
-        return self.finish(a, self.conv2, self.bn2, x)
+        return self.finish(a, self.conv2, self.bn2, x, average)
 
 
 class Bottleneck(ResidualBlock):
@@ -197,7 +210,7 @@ class Bottleneck(ResidualBlock):
         self.bn3 = nn.BatchNorm2d(out)
         self.add_shortcut(shortcut, channels_in, out, stride)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, average: bool = False) -> Tensor:
         a = self.layer(x, self.conv1, self.bn1, True)
         a = self.layer(a, self.conv2, self.bn2, True)
-        return self.finish(a, self.conv3, self.bn3, x)
+        return self.finish(a, self.conv3, self.bn3, x, average)

@@ -46,6 +46,13 @@ def materialize(x: Activation) -> Tensor:
     return ops.scale_shift_act(x.y, x.scale, x.center, x.shift, relu=x.relu)
 
 
+def averaged(x: Activation) -> Tensor:
+    """The activation's mean over H and W, [N, C]; a pending one is activated on the fly and its map never written."""
+    if isinstance(x, Tensor):
+        return torch.flatten(F.adaptive_avg_pool2d(x, 1), 1)
+    return ops.scale_shift_act_mean(x.y, x.scale, x.center, x.shift, relu=x.relu)
+
+
 def conv_arguments(conv: nn.Conv2d) -> dict[str, object]:
     """Stride, padding, dilation and groups of a convolution the fused ops can express.
 
@@ -70,6 +77,7 @@ def fused_conv_bn_act(
     relu: bool,
     residual: Activation | None = None,
     updates: Updates | None = None,
+    average: bool = False,
 ) -> Activation:
     """``act(bn(conv(x)) + residual)`` with whatever the modules hold and in the mode ``bn`` is in.
 
@@ -79,9 +87,10 @@ def fused_conv_bn_act(
             batch and running statistics.
         relu: whether a ReLU follows. residual: tensor or pending activation added before it.
         updates: collects the statistics instead of applying them to the running ones; for code that may run twice.
+        average: give the mean over P and Q instead.
 
     Returns:
-        A pending activation in training without residual, else a tensor [N, K, P, Q].
+        A pending activation in training without residual, else a tensor [N, K, P, Q]; with ``average`` a tensor [N, K].
 
     Raises:
         InputError: wrong shapes, dtypes or devices. ValueError: one value per channel in training, as PyTorch.
@@ -91,7 +100,8 @@ def fused_conv_bn_act(
     if not uses_batch_statistics(bn):
         weight, bias = folded(conv, bn)
         rest = None if residual is None else materialize(residual)
-        return ops.conv_act(materialize(x), weight, bias, rest, relu=relu, **args)  # type: ignore[arg-type]
+        out = ops.conv_act(materialize(x), weight, bias, rest, relu=relu, **args)  # type: ignore[arg-type]
+        return averaged(out) if average else out
     if isinstance(x, Tensor):
         y, mean, var = ops.conv_stats(x, conv.weight, **args)  # type: ignore[arg-type]
     else:
@@ -109,13 +119,15 @@ def fused_conv_bn_act(
     elif y.numel():
         update_running(bn, *for_running(stats))
     if residual is None:
-        return Pending(y, scale, center, shift, relu)
+        pending = Pending(y, scale, center, shift, relu)
+        return averaged(pending) if average else pending
     backends.entering(bn)
     if isinstance(residual, Pending) and residual.relu:
         residual = materialize(residual)
+    end = ops.scale_shift_act_mean if average else ops.scale_shift_act
     if isinstance(residual, Tensor):
-        return ops.scale_shift_act(y, scale, center, shift, residual, relu=relu)
-    return ops.scale_shift_act(y, scale, center, shift, *residual[:4], relu=relu)
+        return end(y, scale, center, shift, residual, relu=relu)
+    return end(y, scale, center, shift, *residual[:4], relu=relu)
 
 
 def plain_conv_bn_act(
