@@ -132,7 +132,8 @@ def merge_sums(sums: Tensor) -> tuple[Launch, tuple[Tensor, ...]]:
     parts, count, channels = sums.shape
     outs = tuple(torch.empty(channels, dtype=torch.float32, device=sums.device) for _ in range(2 * count - 2))
     out_0, out_1, out_2, again = outs if count == 3 else (*outs, None, None)
-    block_c = min(triton.next_power_of_2(max(channels, 1)), 32)
+    # Where there are many parts, fewer columns a program: one memory sector, and more programs to share the work.
+    block_c = min(triton.next_power_of_2(max(channels, 1)), 32 if parts <= 512 else 8)
     block_p = min(triton.next_power_of_2(max(parts, 1)), 2048 // block_c)
     arguments = {
         "sums": sums, "out_0": out_0, "out_1": out_1, "out_1_again": again, "out_2": out_2, "parts": parts, "C": channels,

@@ -17,6 +17,7 @@ from ..common.triton_conv import (
     pixel_of,
 )
 from ..common.triton_launch import Config, Launch
+from ..common.triton_sums import merge_sums, write_part
 from .triton_gradient_tiles import (
     Gradients,
     Prologue,
@@ -179,38 +180,10 @@ def input_gradient_kernel(
         if RELU:
             accumulator = tl.where(affine(value, a, b, d) > 0.0, accumulator, 0.0)
         # Rows past the end add nothing: their gradient is 0.
-        row = partials + as_index(part, INT64) * 2 * C + c
-        tl.store(row, tl.sum(accumulator * (value - b), axis=0), mask=live_c)
-        tl.store(row + C, tl.sum(accumulator, axis=0), mask=live_c)
+        write_part(partials, part, 0, 2, c, C, accumulator * (value - b))
+        write_part(partials, part, 1, 2, c, C, accumulator)
         accumulator = accumulator * a
     tl.store(grad_x + offset, accumulator.to(DTYPE), mask=mask)
-
-
-@triton.jit
-def merge_sums_kernel(
-    partials,  # [tiles, 2, C] float32
-    grad_scale,  # [C] float32
-    grad_shift,  # [C] float32
-    tiles,
-    C,
-    INT64: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
-    """grad_scale, grad_shift = the sums of partials over its tiles, in a fixed order.
-
-    One program owns BLOCK_C of the 2·C columns. Bytes: reads partials, writes two vectors.
-    """
-    column = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)  # [BLOCK_C]
-    live = column < 2 * C
-    total = tl.zeros((BLOCK_T, BLOCK_C), tl.float32)
-    for start in range(0, tiles, BLOCK_T):
-        tile = start + tl.arange(0, BLOCK_T)
-        mask = (tile < tiles)[:, None] & live[None, :]
-        total += tl.load(partials + as_index(tile, INT64)[:, None] * 2 * C + column[None, :], mask=mask, other=0.0)
-    result = tl.sum(total, axis=0)
-    tl.store(grad_scale + column, result, mask=column < C)
-    tl.store(grad_shift + (column - C), result, mask=live & (column >= C))
 
 
 def default_config(problem: ConvProblem) -> Config:
@@ -294,19 +267,6 @@ def input_gradient(
     ).run()
     if partials is None:
         return grad_x, None, None
-    return grad_x, *merged_sums(partials)
-
-
-def merged_sums(partials: Tensor) -> tuple[Tensor, Tensor]:
-    """([C], [C]): partials ([tiles, 2, C]) summed over tiles."""
-    tiles, _, c = partials.shape
-    sums = float32_like(partials, c), float32_like(partials, c)
-    columns = 8
-    Launch(
-        kernel=merge_sums_kernel,
-        grid=(-(-2 * c // columns),),
-        arguments={"partials": partials, "grad_scale": sums[0], "grad_shift": sums[1], "tiles": tiles, "C": c},
-        # Few columns a program: maps of few channels have many tiles and few columns, and need the programs.
-        constants={"INT64": partials.numel() >= 2**30, "BLOCK_T": 256, "BLOCK_C": columns},
-    ).run()
-    return sums
+    merge, sums = merge_sums(partials)
+    merge.run()
+    return grad_x, sums[0], sums[1]
