@@ -36,9 +36,12 @@ def statistics_kernel(
 ):
     """One reading of y, M·C elements. A program owns BLOCK_C channels of ``steps`` tiles below each other.
 
-    Every element of the tile keeps the mean and M2 of what passed it (Welford); they are merged at the end.
+    Every element of the tile keeps the mean and M2 of what passed it (Welford); they are merged at the end. Values are taken
+    relative to the program's first row, so that a running mean loses no digits where |mean| is much larger than the deviation.
     """
     part, columns = part_and_columns(C, BLOCK_C)
+    origin = as_index(part, INT64) * steps * BLOCK_M * C + columns
+    pivot = load_or_zero(y + origin, columns < C).to(tl.float32)
     count = tl.zeros([BLOCK_M, 1], tl.float32)
     mean = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
     m2 = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
@@ -47,7 +50,7 @@ def statistics_kernel(
         rows = block_indices(block, BLOCK_M, INT64)
         live = (rows < M)[:, None]
         at = rows[:, None] * C + columns[None, :]
-        value = load_or_zero(y + at, live & (columns < C)[None, :]).to(tl.float32)
+        value = load_or_zero(y + at, live & (columns < C)[None, :]).to(tl.float32) - pivot[None, :]
         count += live.to(tl.float32)
         deviation = tl.where(live, value - mean, 0.0)
         mean += deviation / tl.maximum(count, 1.0)
@@ -57,7 +60,7 @@ def statistics_kernel(
     apart = mean - joint[None, :]
     joint_m2 = sum_of_rows(tl.where(count > 0.0, m2 + count * apart * apart, 0.0))
     to = parts + as_index(part, INT64) * 2 * C + columns
-    tl.store(to, joint, mask=columns < C)
+    tl.store(to, joint + pivot, mask=columns < C)
     tl.store(to + C, joint_m2, mask=columns < C)
 
 
