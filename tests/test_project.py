@@ -124,5 +124,7 @@ def test_an_op_is_in_all_its_places(op):
         assert own or (ROOT / "kernels" / op / "native.py").is_file(), (
             "or it is put together from the convolution engine"
         )
+    if "triton" in OPS[op].backends:
+        assert (ROOT / "kernels" / op / "triton_backend.py").is_file()
     if "cuda" in OPS[op].backends:
         assert (ROOT / "kernels" / op / "cuda_kernel.cuh").is_file() and (ROOT / "csrc" / "cuda" / f"{op}.cu").is_file()

@@ -24,7 +24,7 @@ PACKAGES = (
     ("sklearn", ("scikit-learn",), "digits"),
     ("torchvision", ("torchvision",), "folders of images, pretrained weights"),
     ("nvidia.dali", tuple(f"nvidia-dali-cuda{n}" for n in (130, 120, 110)), "folders of images, faster"),
-    ("triton", ("triton",), "torch.compile on a GPU"),
+    ("triton", ("triton",), "the triton backend, torch.compile on a GPU"),
     ("timm", ("timm",), "networks to fuse"),
 )
 

@@ -22,7 +22,7 @@ FORWARD_CONFIGS = tuple(
 BACKWARD_CONFIGS = tuple(
     Config.of(ELEMENTS=elements, WIDTH=width, PROGRAMS=programs, num_warps=warps, num_stages=stages)
     for elements, width, programs, warps, stages in (
-        (2048, 64, 1024, 4, 2), (1024, 64, 2048, 4, 2), (2048, 128, 1024, 8, 1), (4096, 64, 1024, 8, 1),
+        (2048, 64, 1024, 8, 1), (1024, 64, 2048, 4, 2), (2048, 128, 1024, 8, 1), (1024, 128, 2048, 4, 1),
     )
 )  # fmt: skip
 
