@@ -303,17 +303,33 @@ def test_width_of_offsets():
     assert not point_kernel.PointProblem(2**31 // 16 - 2**17, channels, 1).constants["INT64"]
 
 
-@pytest.mark.parametrize(("old", "new"), [
-    ("(rows < M)[:, None]", "(rows <= M)[:, None]"),
-    ("tl.where(z <= 0.0, 0.0, z)", "tl.where(z <= 1.0, 0.0, z)"),
-    ("affine(load_or_zero(y + at, mask), a, mid, b)", "affine(load_or_zero(y + at, mask), a, b, mid)"),
-])  # fmt: skip
-def test_a_broken_kernel_is_noticed(old, new, tmp_path, monkeypatch):
-    broken = planted(point_kernel, old, new, tmp_path)
-    monkeypatch.setattr(point_backend, "forward_launch", broken.forward_launch)
-    tensors = point_tensors((2, 17, 5, 9), torch.float32, 1, "channels_last", whole_numbers, whole_vectors)
+# (kernel's module, backend's module, launcher, op, what is right, what is wrong)
+POINT = (point_kernel, point_backend)
+POOL = (pool_kernel, pool_backend)
+MISTAKES = (
+    (*POINT, "forward_launch", "(rows < M)[:, None]", "(rows <= M)[:, None]"),
+    (*POINT, "forward_launch", "tl.where(z <= 0.0, 0.0, z)", "tl.where(z <= 1.0, 0.0, z)"),
+    (*POINT, "forward_launch", "(y + at, mask), a, mid, b)", "(y + at, mask), a, b, mid)"),
+    (*POINT, "backward_launch", "dz = tl.where(z > 0.0, dz, 0.0)", "dz = tl.where(z >= 0.0, dz, 0.0)"),
+    (*POINT, "backward_launch", "dot += dz * (value.to(tl.float32) - mid)", "dot += dz * value.to(tl.float32)"),
+    (*POINT, "backward_launch", "total += dz", "total = dz"),
+    (*POOL, "forward_launch", "(value > best)", "(value >= best)"),
+    (*POOL, "backward_launch", "(kh < KERNEL) & (kw < KERNEL)", "(kh < KERNEL)"),
+    (*POOL, "backward_launch", "inside(p, q, P, Q)", "(p >= 0) & (q >= 0)"),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("mistake", MISTAKES, ids=[f"{m[2]}: {m[4]}" for m in MISTAKES])
+def test_a_broken_kernel_is_noticed(mistake, tmp_path, monkeypatch):
+    kernel, backend, launcher, old, new = mistake
+    configured(monkeypatch, SMALL, SMALL, SMALL_MEAN)
+    monkeypatch.setattr(backend, launcher, getattr(planted(kernel, old, new, tmp_path), launcher))
+    tensors = point_tensors((1, 17, 10, 10), torch.float32, 1, "channels_last", whole_numbers, whole_vectors)
     with executing_with(interpreter_executor()), pytest.raises((AssertionError, EmulationError)):
-        exact_and_equal("scale_shift_act", tensors, {"relu": True})
+        if kernel is point_kernel:
+            exact_and_equal("scale_shift_act", tensors, {"relu": True})
+        else:
+            exact_and_equal("scale_shift_act_pool", tensors[:4], {"relu": True})
 
 
 def planted(module, old, new, folder):

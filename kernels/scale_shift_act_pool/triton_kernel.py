@@ -21,7 +21,7 @@ FORWARD_CONFIGS = tuple(
 )
 BACKWARD_CONFIGS = tuple(
     Config.of(ELEMENTS=elements, WIDTH=64, PROGRAMS=programs, num_warps=warps, num_stages=1)
-    for elements, programs, warps in ((1024, 2048, 4), (2048, 1024, 8), (1024, 1024, 8))
+    for elements, programs, warps in ((2048, 1024, 8), (1024, 1024, 8))
 )
 
 
