@@ -1,6 +1,7 @@
 """What both gradient kernels of conv_stats share: the gradient of y as they read it, and the arguments that name it."""
 
 from dataclasses import dataclass
+from math import gcd
 
 import torch
 import triton
@@ -132,12 +133,19 @@ def problem_constants(problem: ConvProblem) -> dict[str, int | bool | str]:
         "PAD_W": problem.padding[1],
         "DIL_H": problem.dilation[0],
         "DIL_W": problem.dilation[1],
+        "C_UNIT": gcd(problem.c, 16),
+        "K_UNIT": gcd(problem.k, 16),
         "POINTWISE": problem.pointwise,
         "PROLOGUE": problem.prologue,
         "RELU": problem.relu,
         "INT64": problem.int64,
         "PRECISION": problem.precision,
     }
+
+
+def single_elements(problem: ConvProblem) -> bool:
+    """Whether channels of 16 bits can only be read one by one: registers then hold an address each, and tiles are small."""
+    return problem.sixteen_bit and (problem.c % 2 == 1 or problem.k % 2 == 1)
 
 
 def block(limit: int, size: int) -> int:

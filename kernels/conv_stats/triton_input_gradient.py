@@ -26,6 +26,7 @@ from .triton_gradient_tiles import (
     gradient_tile,
     gradient_vectors,
     problem_constants,
+    single_elements,
 )
 
 
@@ -81,6 +82,8 @@ def input_gradient_kernel(
     PAD_W: tl.constexpr,
     DIL_H: tl.constexpr,
     DIL_W: tl.constexpr,
+    C_UNIT: tl.constexpr,  # powers of two that divide C and K: how wide loads and stores may be
+    K_UNIT: tl.constexpr,
     STEP_H: tl.constexpr,
     STEP_W: tl.constexpr,
     HAS_GRAD_Y: tl.constexpr,
@@ -102,6 +105,8 @@ def input_gradient_kernel(
     reduces over nothing, and its zeros pass the same epilogue.
     Bytes, each map once: reads grad_y, with HAS_GRAD_VAR y, with PROLOGUE x, and weight; writes grad_x and partials.
     """
+    C = C // C_UNIT * C_UNIT  # the same numbers, as multiples that the compiler sees
+    K = K // K_UNIT * K_UNIT
     PHASES: tl.constexpr = STRIDE_H * STRIDE_W
     DTYPE: tl.constexpr = grad_x.dtype.element_ty
     # Channel tiles of one pixel tile, then its phases, run side by side: they read the same part of grad_y and y.
@@ -193,7 +198,9 @@ def default_config(problem: ConvProblem) -> Config:
 def configurations(problem: ConvProblem) -> tuple[Config, ...]:
     """Block sizes worth timing, the best guess first; BLOCK_M pixels by BLOCK_N input channels, BLOCK_K output channels."""
     space: tuple[tuple[int, int, int, int, int], ...]
-    if problem.sixteen_bit:
+    if problem.sixteen_bit and single_elements(problem):
+        space = ((64, 64, 32, 8, 3), (64, 32, 32, 4, 3), (64, 64, 32, 4, 2))
+    elif problem.sixteen_bit:
         space = (
             (128, 64, 32, 8, 3),
             (64, 64, 64, 4, 3),

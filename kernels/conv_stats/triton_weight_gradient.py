@@ -25,6 +25,7 @@ from .triton_gradient_tiles import (
     gradient_tile,
     gradient_vectors,
     problem_constants,
+    single_elements,
 )
 
 WORKSPACE_BYTES = 64 * 2**20
@@ -63,6 +64,8 @@ def weight_gradient_kernel(
     PAD_W: tl.constexpr,
     DIL_H: tl.constexpr,
     DIL_W: tl.constexpr,
+    C_UNIT: tl.constexpr,  # powers of two that divide C and K: how wide loads and stores may be
+    K_UNIT: tl.constexpr,
     HAS_GRAD_Y: tl.constexpr,
     HAS_GRAD_MEAN: tl.constexpr,
     HAS_GRAD_VAR: tl.constexpr,
@@ -84,6 +87,8 @@ def weight_gradient_kernel(
     channels of one tap; with JOINT they run over all taps' channels together, so that few channels still fill a tile.
     Bytes, each map once: reads grad_y, with HAS_GRAD_VAR y, and x; writes result.
     """
+    C = C // C_UNIT * C_UNIT  # the same numbers, as multiples that the compiler sees
+    K = K // K_UNIT * K_UNIT
     DTYPE: tl.constexpr = x.dtype.element_ty
     # All tiles of a split are neighbours: they read the same pixels.
     program = tl.program_id(0)
@@ -214,7 +219,9 @@ def default_config(problem: ConvProblem) -> Config:
 def configurations(problem: ConvProblem) -> tuple[Config, ...]:
     """Block sizes worth timing, the best guess first; BLOCK_M output channels by BLOCK_N columns, BLOCK_P pixels."""
     space: tuple[tuple[int, int, int, int, int], ...]
-    if problem.sixteen_bit:
+    if problem.sixteen_bit and (single_elements(problem) or problem.int64):
+        space = ((64, 64, 32, 8, 3), (128, 64, 32, 8, 3), (64, 64, 32, 4, 3))
+    elif problem.sixteen_bit:
         space = (
             (64, 64, 64, 4, 3),
             (128, 64, 32, 8, 3),
