@@ -199,7 +199,7 @@ def configurations(problem: ConvProblem) -> tuple[Config, ...]:
     """Block sizes worth timing, the best guess first; BLOCK_M pixels by BLOCK_N input channels, BLOCK_K output channels."""
     space: tuple[tuple[int, int, int, int, int], ...]
     if problem.sixteen_bit and single_elements(problem):
-        space = ((64, 64, 32, 8, 3), (64, 32, 32, 4, 3), (64, 64, 32, 4, 2))
+        space = ((64, 64, 32, 8, 3), (64, 32, 32, 8, 3), (64, 64, 32, 4, 2))
     elif problem.sixteen_bit:
         space = (
             (128, 64, 32, 8, 3),
