@@ -210,6 +210,32 @@ def test_workspaces_are_bounded():
             assert splits == 1 or 4 * splits * k * c * 9 <= of_weight.WORKSPACE_BYTES
 
 
+@pytest.mark.parametrize("arriving", ((True, True, True), (True, False, False)), ids=("statistics", "plain"))
+@pytest.mark.parametrize("i", (0, 13, 25, 7), ids=lambda i: str(SHAPES[i]))
+def test_every_byte_is_in_the_formulas(i: int, arriving, small_blocks):
+    """README.md's table against the interpreter's count, each byte once; channel vectors aside."""
+    shape, executor = SHAPES[i], interpreter_executor()
+    problem = problem_of(shape, torch.float16)
+    a = arguments(shape, torch.float16, arriving)
+    backward(a, executor=executor)
+    x, y, weight = (2 * t.numel() for t in (a.x, a.y, a.weight))
+    tiles, splits = of_input.tiles_of(problem, SMALL_INPUT), of_weight.splits_of(problem, SMALL_WEIGHT)[0]
+    partials, slabs = tiles * 2 * shape.c * 4, splits * 2 * weight
+    seen = 2 * problem.rows_out * shape.c if (shape.r, shape.s) == (1, 1) else x
+    gradient = {"grad_y": y, **({"y": y} if arriving[2] else {})}
+    expected = {
+        "input_gradient_kernel": ({**gradient, "x": x, "weight": weight}, {"grad_x": x, "partials": partials}),
+        "merge_sums_kernel": ({"sums": partials}, {"out_0": 4 * shape.c, "out_1": 4 * shape.c}),
+        "weight_gradient_kernel": ({**gradient, "x": seen}, {"result": slabs if splits > 1 else weight}),
+        "sum_splits_kernel": ({"partials": slabs}, {"grad_weight": weight}),
+    }
+    vectors = {"mean", "grad_mean", "grad_var", "scale", "center", "shift"}
+    for record in executor.record:
+        loaded = {k: v for k, v in record.unique_loaded.items() if v and k not in vectors}
+        assert (loaded, dict(record.unique_stored)) == expected[record.name], record.name
+    assert len(executor.record) == 3 + (splits > 1)
+
+
 BROKEN = {
     "no padding mask": ("input", "live & inside(p, q, P, Q)", "live"),
     "an off-by-one padding mask": ("input", "inside(p, q, P, Q)", "inside(p, q, P + 1, Q)"),
