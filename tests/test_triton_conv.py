@@ -134,14 +134,15 @@ SEVERAL_TILES = Case(2, 8, 12, 13, 140, 3, 3, padding=(1, 1))
 @executors
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_configuration(kind: str, executor: str) -> None:
-    """Every configuration that the tuner may take, with several tiles of rows and columns (as PTX a kind of product a dtype)."""
+    """Every configuration that the tuner may take, with several tiles of rows and columns (as PTX one product a dtype)."""
     cases = (SEVERAL_TILES, Case(1, 40, 9, 15, 70, 1, 1), Case(1, 3, 16, 17, 70, 5, 5, (2, 2), (2, 2)))
     for case in cases if executor == "source" else (cases[KINDS.index(kind) % 3],):
         inputs = integers(case, kind)
         with precision(kind):
             problem = ConvProblem.of(inputs.x, inputs.weight, *case.geometry[:3], inputs.vectors[0], True)
-        configurations = triton_run.configurations(problem)
-        assert configurations[0] == triton_run.default_config(problem) and len(configurations) <= 8
+        spaces = [triton_run.configurations(problem, capability) for capability in ((8, 0), (10, 0), (12, 0))]
+        assert all(0 < len(space) <= 8 for space in spaces) and spaces[0][0] == triton_run.default_config(problem)
+        configurations = dict.fromkeys(c for space in spaces for c in space if not c["TMA"])
         for config in configurations:
             assert_exact(case, kind, run_stats(case, inputs, kind, executor, config), inputs)
 

@@ -43,22 +43,30 @@ def _tile(
 
 
 def configurations(problem: ConvProblem, capability: tuple[int, int] = (8, 0)) -> tuple[Config, ...]:
-    """The tuning space of a problem on a device, default first. None of them spills on sm_80 to sm_120."""
+    """The tuning space of a problem on a device, default first: what compiles without spills and fits its shared memory."""
+    blackwell, consumer = capability >= (10, 0), capability >= (12, 0)  # whose assembler spills where others don't
     if not problem.tensor_cores:
-        return (_tile(64, 64, 16, 8, 2), _tile(64, 32, 16, 4, 2), _tile(32, 64, 16, 4, 2))
-    narrow = problem.k <= 64
+        small = _tile(64, 32, 16, 4, 2)
+        return (small,) if consumer else (_tile(64, 64, 16, 8, 2), small)
+    if problem.sixteen_bit and problem.c % 2:  # loads of single elements hold an address each: flat or not
+        return _tile(128, 64, 16, 8, 3), _tile(64, 64, 32, 4, 2), _tile(64, 32, 32, 4, 2)
     if flat(problem):
-        return (_tile(128, 64, 16, 8, 3), _tile(64, 64, 32, 4, 2), _tile(128, 64, 32, 8, 2))
-    if problem.c % 2 and problem.sixteen_bit:  # loads of single elements, which hold an address each
-        return (_tile(64, 64, 32, 4, 2), _tile(128, 64, 32, 8, 2), _tile(64, 32, 32, 4, 2))
+        tiles = [_tile(64, 64, 32, 8 if consumer and problem.prologue else 4, 2)]
+        return tuple(tiles if blackwell else [*tiles, _tile(128, 64, 32, 8, 2)])
     if problem.c <= 16:
-        return (_tile(128, 64, 16, 4, 4), _tile(128, 64, 16, 8, 4), _tile(64, 64, 16, 4, 4))
-    depth = 64 if problem.sixteen_bit and problem.c >= 64 else 32
-    tiles = [_tile(128, 64, 32, 4, 4), _tile(64, 64, depth, 4, 4), _tile(128, 64, depth, 8, 3)]
+        return _tile(128, 64, 16, 8, 4), _tile(64, 64, 16, 4, 4)
+    if not problem.sixteen_bit:
+        tiles = [_tile(64, 64, 32, 8, 3), _tile(64, 128, 32, 8, 3)]
+        return tuple(tiles if consumer else [*tiles, _tile(128, 64, 32, 8, 3), _tile(128, 128, 32, 8, 2)])
+    narrow = problem.k <= 64
+    tiles = [_tile(128, 64, 32, 4, 4), _tile(128, 64, 32, 4, 3)]
     if not narrow:
-        tiles = [_tile(128, 128, 32, 8, 4), _tile(128, 128, depth, 8, 2)] + tiles
+        tiles += [_tile(64, 128, 32, 4, 3), _tile(64, 128, 64, 8, 3)]
+    if not consumer:
+        tiles += [_tile(64, 64, 32, 4, 4)]
+        tiles = tiles if narrow else [_tile(128, 128, 32, 8, 4), *tiles]
     if capability >= TMA_FROM and tma_serves(problem):
-        tiles += _tma_tiles(problem, narrow, depth)
+        tiles += _tma_tiles(problem, narrow, 64 if problem.c >= 64 else 32)
     return tuple(tiles)
 
 
@@ -76,6 +84,11 @@ def _tma_tiles(problem: ConvProblem, narrow: bool, depth: int) -> list[Config]:
         patch = min(shapes, key=lambda s: triton.cdiv(problem.p, s[0]) * triton.cdiv(problem.q, s[1]))
     wide = 64 if narrow else 128
     return [_tile(128, wide, depth, 8, 3, True, patch)]
+
+
+def capability_of(x: Tensor) -> tuple[int, int]:
+    """Of the device that ``x`` lives on; elsewhere that of the architecture that the emulators run."""
+    return torch.cuda.get_device_capability(x.device) if x.is_cuda else (8, 0)
 
 
 def default_config(problem: ConvProblem, capability: tuple[int, int] = (8, 0)) -> Config:
@@ -122,7 +135,7 @@ def convolution(
     vectors: scale, center, shift of the prologue ([C] float32).
     """
     epilogue = epilogue or Epilogue()
-    config = config or default_config(problem)
+    config = config or default_config(problem, capability_of(x))
     x, weight = channels_last(x), channels_last(weight)
     y = torch.empty(problem.y_shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     tiles = row_tiles(problem, config)
