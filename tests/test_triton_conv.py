@@ -207,6 +207,17 @@ def _forward(case: Case, inputs: Inputs, stats: bool) -> tuple[Tensor, ...]:
         return conv_stats.forward(inputs.x, inputs.weight, *inputs.vectors, inputs.relu, *case.geometry, stats)
 
 
+def test_expanded_and_strided_vectors() -> None:
+    case = Case(2, 8, 5, 6, 12, 3, 3, padding=(1, 1))
+    given = integers(case, "fp16")
+    two, strided = torch.tensor([2.0]).expand(8), torch.arange(24.0)[::2]
+    inputs = Inputs(given.x, given.weight, (two, torch.arange(16.0)[::2], two), True, strided, given.residual)
+    assert_exact(case, "fp16", run_stats(case, inputs, "fp16", "source"), inputs)
+    with executing_with(interpreter_executor()):
+        out = conv_act.forward(inputs.x, inputs.weight, strided, None, False, *case.geometry)
+    assert torch.equal(out, act_reference.forward(inputs.x, inputs.weight, strided, None, False, *case.geometry))
+
+
 def test_groups_and_refusals() -> None:
     case = Case(2, 8, 5, 6, 12, 3, 3, padding=(1, 1))
     inputs = integers(case, "fp32")

@@ -143,7 +143,7 @@ def convolution(
     if problem.stats:
         counts = torch.empty(tiles, dtype=torch.float32, device=x.device)
         partial = torch.empty((tiles, 2, problem.k), dtype=torch.float32, device=x.device)
-    scale, center, shift = vectors
+    scale, center, shift, bias = (None if v is None else v.contiguous() for v in (*vectors, epilogue.bias))
     pixels, filters = _operands(problem, config, x, weight)
     residual = None if epilogue.residual is None else channels_last(epilogue.residual)
     Launch(
@@ -156,7 +156,7 @@ def convolution(
             "scale": scale,
             "center": center,
             "shift": shift,
-            "bias": epilogue.bias,
+            "bias": bias,
             "residual": residual,
             "counts": counts,
             "partial": partial,
