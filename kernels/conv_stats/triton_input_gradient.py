@@ -211,9 +211,9 @@ def configurations(problem: ConvProblem) -> tuple[Config, ...]:
         if not problem.prologue:  # with its epilogue this one spills
             space += ((128, 128, 32, 8, 3),)
     elif problem.tensor_cores:
-        space = ((128, 64, 32, 8, 2), (64, 64, 32, 4, 3), (64, 32, 32, 4, 3))
+        space = ((64, 64, 32, 4, 3), (64, 32, 32, 4, 3))
     else:
-        space = ((64, 64, 16, 8, 2), (64, 32, 16, 4, 2))
+        space = ((64, 64, 16, 8, 2), (64, 32, 16, 8, 2))
     found = (
         Config.of(
             num_warps=warps,
