@@ -1,14 +1,16 @@
-"""Small kernels that the emulation tools are proven on, with the functions that launch them.
+"""Small kernels that the emulation tools are proven on, with the functions that launch them and inputs for them.
 
 BUG plants an error: an off-by-one mask, a tile stored twice, a merge that depends on the order of its sides.
 """
+
+from collections.abc import Callable
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastres.kernels.common.triton_launch import Launch
+from fastres.kernels.common.triton_launch import Launch, executing_with
 
 
 @triton.jit
@@ -228,3 +230,18 @@ def launch_described(source: Tensor, target: Tensor, block=(16, 32)) -> Launch:
     arguments = dict(source=TensorDescriptor.from_tensor(source, list(block)), target=target, H=h, W=w)
     grid = (triton.cdiv(h, block[0]), triton.cdiv(w, block[1]))
     return Launch(described, grid, arguments, dict(BH=block[0], BW=block[1]))
+
+
+def run(launch: Launch, executor: Callable[[Launch], None]) -> None:
+    with executing_with(executor):
+        launch.run()
+
+
+def nans(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.full(shape, float("nan"), dtype=dtype)
+
+
+def matmul_inputs(dtype: torch.dtype = torch.float16) -> tuple[Tensor, ...]:
+    generator = torch.Generator().manual_seed(1)
+    a, b = (torch.randn(shape, generator=generator).to(dtype) for shape in ((64, 160), (160, 64)))
+    return a, b, torch.randn(64, generator=generator), nans(64, 64, dtype=dtype)
