@@ -7,9 +7,11 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import importlib
 import random
+import shutil
 import subprocess
 import sys
 from types import ModuleType
+from typing import NoReturn
 
 import pytest
 import torch
@@ -22,10 +24,18 @@ def require(name: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        message = f"{name} can't be imported: {error}"
-        if os.environ.get("FASTRES_CI") == "1":
-            pytest.fail(f"{message} (FASTRES_CI=1 asks for every test)", pytrace=False)
-        pytest.skip(message)
+        _lacks(f"{name} can't be imported: {error}")
+
+
+def require_program(name: str) -> str:
+    """The path of a program; without it skip or fail, as in :func:`require`."""
+    return shutil.which(name) or _lacks(f"there is no {name} on the path")
+
+
+def _lacks(message: str) -> NoReturn:
+    if os.environ.get("FASTRES_CI") == "1":
+        pytest.fail(f"{message} (FASTRES_CI=1 asks for every test)", pytrace=False)
+    pytest.skip(message)
 
 
 def run_with_isa(isa: str, code: str, **environment: str) -> None:

@@ -12,6 +12,7 @@ from emulation.compiling import compile_launch
 from emulation.errors import DoubleStore, EmulationError, Hang, OutOfBounds, ProgramRace, SharedMemoryRace, Unsupported
 from emulation.memory import GuardedMemory
 from emulation.ptx import ptx_executor, run_ptx
+from emulation.ptx.shared import SharedMemory
 from emulation.triton_interpreter import interpreter_executor
 from torch import Tensor
 
@@ -87,6 +88,43 @@ def test_a_wait_for_too_few_copies_is_a_race_and_gives_wrong_results():
         changed_results(wait_for_one_less)
     assert not torch.equal(changed_results(wait_for_one_less, race_check=False), good)
     assert torch.equal(changed_results(None, early=True), good)  # when copies land is no matter to a right kernel
+
+
+def test_shared_memory_is_exchanged_by_barriers_and_waits_only():
+    memory = SharedMemory(256, blocks=1, threads=64, cell=4)
+    memory.reset(race_check=True, early=False)
+    one, near, far = np.array([1]), np.array([2]), np.array([40])  # threads 1 and 2 share a warp
+    at, value = np.array([16]), np.array([[7]], np.uint32)
+
+    def read(thread: np.ndarray) -> int:
+        return int(memory.read(at, thread, 4, 1)[0, 0])
+
+    assert read(one) == 0xFFFFFFFF  # NaN
+    memory.barrier()
+    memory.write(at, one, value)
+    assert read(one) == 7
+    with pytest.raises(SharedMemoryRace, match="reads what another thread writes"):
+        read(near)
+    memory.warp_barrier(np.arange(32))
+    assert read(near) == 7
+    with pytest.raises(SharedMemoryRace):
+        read(far)
+    memory.barrier()
+    assert read(far) == 7
+    with pytest.raises(SharedMemoryRace, match="writes what another thread reads"):
+        memory.write(at, one, value)
+    memory.barrier()
+    memory.issue(at, one, np.full((1, 4), 1, np.uint8))
+    with pytest.raises(SharedMemoryRace, match="reads what an asynchronous copy"):
+        read(one)
+    memory.commit(one)
+    memory.barrier()
+    with pytest.raises(SharedMemoryRace, match="reads what an asynchronous copy"):
+        read(far)
+    memory.wait(one, 0)
+    assert read(one) == 0x01010101
+    with pytest.raises(SharedMemoryRace, match="reads what another thread writes"):
+        read(far)
 
 
 def test_a_wrong_type_of_matrix_product_gives_wrong_results():

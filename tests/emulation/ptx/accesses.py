@@ -64,15 +64,7 @@ class Memories:
         writers = [self.registers.writer(name, i.type) for name in elements(i.operands[0])]
         dtype, count, total = TYPES[i.type], len(writers), self.registers.threads
         if space == "param":
-            name, offset = split_address(i.operands[1])
-            buffer = self.registers.parameters[name]
-            values = [buffer[offset + n * width :][:width].view(dtype).reshape(()) for n in range(count)]
-
-            def load_parameter(mask: Mask) -> None:
-                for write, value in zip(writers, values, strict=True):
-                    write(np.broadcast_to(value, total), mask)
-
-            return load_parameter
+            return self._load_parameter(i, writers, width)
         address = self.address(i.operands[1])
 
         def load(mask: Mask) -> None:
@@ -90,6 +82,27 @@ class Memories:
                     spread[threads] = value
                     value = spread
                 write(value.view(dtype), mask)
+
+        return load
+
+    def _load_parameter(self, i: Instruction, writers: list[Callable[[Values, Mask], None]], width: int) -> Run:
+        """From a parameter, or from a place in a struct of which a register has the address."""
+        r, total, dtype = self.registers, self.registers.threads, TYPES[i.type]
+        base, offset = split_address(i.operands[1])
+        row = r.rows.get(base)
+        if row is not None:
+            address = row
+        elif base in r.symbols:
+            address = np.broadcast_to(np.uint64(r.symbols[base]), total)
+        else:
+            raise Unsupported(f"address {i.operands[1]}")
+        view = np.lib.stride_tricks.sliding_window_view(r.parameters, width)  # bytes at every address
+
+        def load(mask: Mask) -> None:
+            at = np.minimum(address, np.uint64(len(view) - 1)).astype(np.int64) + offset  # whatever idle threads have
+            at = np.clip(at, 0, len(view) - width * len(writers))
+            for number, write in enumerate(writers):
+                write(view[at + number * width].view(dtype)[:, 0], mask)
 
         return load
 

@@ -66,7 +66,7 @@ def run_ptx(
 ) -> int:  # fmt: skip
     """Runs a kernel's PTX over a grid; returns the number of ambiguous stores (see PtxExecutor).
 
-    values: tensors, integers and floats, in the order of the kernel's parameters.
+    values: tensors, integers, floats and structs as bytes, in the order of the kernel's parameters.
     """
     whole = (*grid, 1, 1, 1)[:3]
     count, ambiguous = int(np.prod(whole)), 0
@@ -77,7 +77,7 @@ def run_ptx(
         if key not in _machines:
             _machines[key] = Machine(parse(text, entry), threads, blocks, shared)
         machine = _machines[key]
-        for (name, kind), value in zip(machine.kernel.parameters, values, strict=True):
+        for (name, kind, _), value in zip(machine.kernel.parameters, values, strict=True):
             number = value.data_ptr() if isinstance(value, torch.Tensor) else value
             machine.registers.set_parameter(name, kind, number)
         with np.errstate(all="ignore"):

@@ -30,7 +30,7 @@ class Instruction:
 @dataclass
 class Kernel:
     name: str
-    parameters: list[tuple[str, str]]  # (name, type)
+    parameters: list[tuple[str, str, int]]  # (name, type, bytes)
     threads: int | None  # of a block, where the text says so
     registers: dict[str, int] = field(default_factory=dict)  # bits by name
     shared: dict[str, int] = field(default_factory=dict)  # offsets by symbol
@@ -41,7 +41,7 @@ class Kernel:
 
 _ENTRY = re.compile(r"\.entry\s+([\w$]+)\s*\(([^)]*)\)([^{]*)\{", re.S)
 _PARAMETER = re.compile(
-    r"\.param\s+(?:\.align\s+\d+\s+)?\.(\w+)\s+(?:\.ptr\s+(?:\.\w+\s+)?(?:\.align\s+\d+\s+)?)?([\w$]+)"
+    r"\.param\s+(?:\.align\s+\d+\s+)?\.(\w+)\s+(?:\.ptr\s+(?:\.\w+\s+)?(?:\.align\s+\d+\s+)?)?([\w$]+)(?:\[(\d+)\])?"
 )
 _SHARED = re.compile(r"\.shared\s+\.align\s+(\d+)\s+\.(\w+)\s+([\w$]+)\[(\d*)\]")
 _LABEL = re.compile(r"^([$\w]+):(?!:)\s*")
@@ -54,7 +54,11 @@ def parse(text: str, entry: str | None = None) -> Kernel:
     if found is None:
         raise Unsupported(f"no kernel {entry or ''} in the PTX text")
     threads = re.search(r"\.reqntid\s+(\d+)", found[3])
-    kernel = Kernel(found[1], [(n, t) for t, n in _PARAMETER.findall(found[2])], int(threads[1]) if threads else None)
+    kernel = Kernel(
+        found[1],
+        [(n, t, int(c or 1) * BITS[t] // 8) for t, n, c in _PARAMETER.findall(found[2])],
+        int(threads[1]) if threads else None,
+    )
     place, pending = "", ""
     for line in _body(text, found.end()).splitlines():
         code, _, comment = line.partition("//")

@@ -34,8 +34,11 @@ class Registers:
         for bits, some in names.items():
             bank = np.zeros((len(some), self.threads), UNSIGNED[bits])
             self.rows.update(zip(some, bank, strict=True))
-        self.symbols = kernel.shared
-        self.parameters = {name: np.zeros(16, np.uint8) for name, _ in kernel.parameters}
+        self.symbols, at = dict(kernel.shared), 0  # addresses in shared memory, and in that of the parameters
+        for name, _, size in kernel.parameters:
+            self.symbols[name] = at
+            at += -(-size // 16) * 16
+        self.parameters = np.zeros(at, np.uint8)
         thread = np.tile(np.arange(threads, dtype=np.uint32), blocks)
         zero, one = np.zeros(self.threads, np.uint32), np.ones(self.threads, np.uint32)
         self.ctaid = {axis: np.zeros(self.threads, np.uint32) for axis in "xyz"}
@@ -59,7 +62,10 @@ class Registers:
             self.nctaid[axis][:] = size
 
     def set_parameter(self, name: str, kind: str, value: Any) -> None:
-        buffer = self.parameters[name]
+        buffer = self.parameters[self.symbols[name] :]
+        if isinstance(value, bytes):  # a struct
+            buffer[: len(value)] = np.frombuffer(value, np.uint8)
+            return
         dtype = TYPES[kind if kind[0] == "f" else "s" + kind[1:] if value < 0 else "u" + kind[1:]]
         buffer[: np.dtype(dtype).itemsize] = np.array([value]).astype(dtype).view(np.uint8)
 
