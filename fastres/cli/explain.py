@@ -1,27 +1,32 @@
 """Show which backend each layer of a network takes here, and why the others do not serve. With --roofline: how close each
-step of its inference plan comes to what this machine can do."""
+step of its inference plan comes to what this machine can do. With --bytes: what a training step moves in memory, and what
+that allows a GPU."""
 
 from __future__ import annotations
 
 from jsonargparse import ArgumentParser, Namespace
 from jsonargparse.typing import PositiveInt
 
-from fastres.cli import roofline
+from fastres.cli import ledger, roofline
 from fastres.cli.options import add_machine, console
 
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Declare the subcommand's arguments."""
     parser.add_argument("model", type=str, help="a name that fastres models lists")
-    parser.add_argument("--batch-size", "--batch", type=PositiveInt, default=1)
+    parser.add_argument("--batch-size", "--batch", type=PositiveInt, default=None, help="images (1)")
     parser.add_argument("--image-size", type=PositiveInt, default=None, help="side of the image (the network's own)")
     parser.add_argument("--mode", choices=["train", "eval"], default="eval")
-    add_machine(parser)
+    add_machine(parser, dtype=None)
     roofline.add_arguments(parser)
+    ledger.add_arguments(parser)
 
 
 def run(options: Namespace) -> int:
     """Print fastres.explain of the network on a random image."""
+    if options.bytes:
+        return ledger.run(options)
+    options.batch_size, options.dtype = options.batch_size or 1, options.dtype or "fp32"
     if options.roofline:
         return roofline.run(options)
     import torch

@@ -28,9 +28,10 @@ def add_data(parser: ArgumentParser, default: str | None) -> None:
     parser.add_argument("--limit", type=PositiveInt, default=None, help="use only this many images of each split")
 
 
-def add_machine(parser: ArgumentParser) -> None:
-    """Where and how exactly to compute."""
-    parser.add_argument("--dtype", type=Dtype, default="fp32", help="bf16 computes under autocast")
+def add_machine(parser: ArgumentParser, dtype: Dtype | None = "fp32") -> None:
+    """Where and how exactly to compute. ``dtype`` None: the subcommand decides where the user does not."""
+    kind = Dtype if dtype is not None else Dtype | None
+    parser.add_argument("--dtype", type=kind, default=dtype, help="bf16 computes under autocast (fp32)")
     parser.add_argument("--threads", type=PositiveInt, default=None, help="CPU threads for computing (torch's choice)")
     parser.add_argument("--device", type=str, default="auto", help="auto (a GPU if there is one), cpu or cuda")
 
