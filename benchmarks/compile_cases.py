@@ -1,0 +1,136 @@
+"""What the compile ledger compiles: every Triton kernel with every configuration, on problems of ResNet-50 at batch 256.
+
+The launches are those of the ops' own host code, run on tensors without memory. Problems that differ in nothing that a
+kernel is compiled for (constants, alignment, divisibility) are one.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))  # emulation/compiling.py
+
+from fastres.kernels.common.triton_conv import ConvProblem
+from fastres.kernels.common.triton_launch import Launch, executing_with
+
+BATCH = 256
+# name: C, H = W, K, R = S, stride, padding, prologue
+CONVS = {
+    "stem 7x7": (3, 224, 64, 7, 2, 3, False),
+    "1x1": (256, 56, 64, 1, 1, 0, False),
+    "1x1 prologue": (64, 56, 256, 1, 1, 0, True),
+    "1x1 stride 2": (256, 56, 512, 1, 2, 0, False),
+    "3x3 prologue": (128, 28, 128, 3, 1, 1, True),
+    "3x3 stride 2 prologue": (128, 56, 128, 3, 2, 1, True),
+}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kernel to compile: its launch, what it is called, whether its configuration is the one that runs untuned."""
+
+    kernel: str
+    problem: str
+    config: str
+    launch: Launch
+    default: bool
+    products: bool  # 16-bit products: tensor cores are a must
+
+    @property
+    def name(self) -> str:
+        return ", ".join(part for part in (self.kernel, self.problem, self.config) if part)
+
+
+def meta(*shape: int, dtype: torch.dtype) -> Tensor:
+    format_ = torch.channels_last if len(shape) == 4 else torch.contiguous_format
+    return torch.empty(shape, dtype=dtype, device="meta", memory_format=format_)
+
+
+def captured(call: Callable[[], Any]) -> list[Launch]:
+    """The launches that ``call`` would run."""
+    launches: list[Launch] = []
+    with executing_with(launches.append):
+        call()
+    return launches
+
+
+def cases(arch: int, dtypes: tuple[str, ...] = ("bf16", "fp32"), defaults: bool = False) -> Iterator[Case]:
+    """Every case for one architecture; ``defaults``: only the configurations that run where nothing was tuned."""
+    seen: set[str] = set()
+    for dtype in dtypes:
+        for case in (*_convolutions(dtype, arch), *_pointwise(dtype)):
+            if case.name not in seen and (case.default or not defaults):
+                seen.add(case.name)
+                yield case
+
+
+def _each(problem: str, sixteen: bool, configs: Any, run: Callable[[Any], Any]) -> Iterator[Case]:
+    """The launches of every configuration: that of the main kernel, and once those of its helpers."""
+    for number, config in enumerate(configs):
+        main, *helpers = captured(lambda config=config: run(config))  # type: ignore[misc]
+        yield Case(main.name, problem, str(config), main, number == 0, sixteen)
+        for helper in helpers:
+            yield Case(helper.name, "", _small(helper), helper, number == 0, False)
+
+
+def _small(launch: Launch) -> str:
+    return ",".join(f"{k}={int(v) if isinstance(v, int) else v}" for k, v in sorted(launch.constants.items()))
+
+
+def _convolutions(dtype: str, arch: int) -> Iterator[Case]:
+    from fastres.kernels.conv import triton_run
+    from fastres.kernels.conv_stats import triton_input_gradient, triton_weight_gradient
+    from fastres.kernels.conv_stats.triton_gradient_tiles import Gradients, Prologue
+
+    kind = DTYPES[dtype]
+    for name, (c, side, k, r, stride, padding, prologue) in CONVS.items():
+        x, weight = meta(BATCH, c, side, side, dtype=kind), meta(k, c, r, r, dtype=kind)
+        vectors = tuple(meta(c, dtype=torch.float32) if prologue else None for _ in range(3))
+        geometry = ((stride, stride), (padding, padding), (1, 1))
+        problem = ConvProblem.of(x, weight, *geometry, vectors[0], prologue, True)
+        y = meta(*problem.y_shape, dtype=kind)
+        label, sixteen = f"{name} {dtype}", problem.sixteen_bit
+        configs = triton_run.configurations(problem, divmod(arch, 10))
+        yield from _each(
+            label,
+            sixteen,
+            configs,
+            lambda config: triton_run.convolution(problem, x, weight, vectors, config=config),  # noqa: B023
+        )
+        one = meta(k, dtype=torch.float32)
+        gradients, before = Gradients.of(y, one, one, y, one), Prologue.of(x, *vectors)
+        if c > 3:  # images have no gradient
+            yield from _each(
+                label, sixteen, triton_input_gradient.configurations(problem),
+                lambda config: triton_input_gradient.input_gradient(problem, gradients, weight, before, config),  # noqa: B023
+            )  # fmt: skip
+        yield from _each(
+            label, sixteen, triton_weight_gradient.configurations(problem),
+            lambda config: triton_weight_gradient.weight_gradient(problem, gradients, before, weight, config),  # noqa: B023
+        )  # fmt: skip
+
+
+def _pointwise(dtype: str) -> Iterator[Case]:
+    from fastres.kernels.scale_shift_act import triton_backend, triton_kernel
+
+    y = meta(BATCH, 256, 56, 56, dtype=DTYPES[dtype])
+    main = triton_backend.vectors(*(meta(256, dtype=torch.float32) for _ in range(3)))
+    for residual, name in ((0, "no residual"), (1, "residual"), (2, "residual with coefficients")):
+        rest, other = (y if residual else None), (main if residual == 2 else (None, None, None))
+        problem = triton_kernel.PointProblem.of(y, rest, other[0], True, keep=residual > 0)
+        for number, config in enumerate(triton_kernel.FORWARD_CONFIGS):
+            launch = triton_kernel.forward_launch(problem, config, y, main, rest, other, y)
+            yield Case("scale_shift_act forward", f"{name} {dtype}", str(config), launch, number == 0, False)
+        for number, config in enumerate(triton_kernel.BACKWARD_CONFIGS):
+            launch, _ = triton_kernel.backward_launch(
+                problem, config, y, y, main, rest, other, y, y if rest is not None else None
+            )
+            yield Case("scale_shift_act backward", f"{name} {dtype}", str(config), launch, number == 0, False)
