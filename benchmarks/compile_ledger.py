@@ -23,10 +23,10 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import compile_cases, cubin
-from benchmarks.compile_cases import Case
-from benchmarks.cubin import Figures
-from fastres.kernels.common.architectures import ARCHITECTURES
+from benchmarks import compile_cases, cubin  # noqa: E402
+from benchmarks.compile_cases import Case  # noqa: E402
+from benchmarks.cubin import Figures  # noqa: E402
+from fastres.kernels.common.architectures import ARCHITECTURES  # noqa: E402
 
 LEDGER = ROOT / "benchmarks" / "results" / "compile_ledger.json"
 REJECTED = ROOT / "kernels" / "common" / "triton_rejected.py"
