@@ -24,7 +24,7 @@ from fastres.ops.schemas import BACKENDS, OPS
 AUTO = "auto"
 PREFERENCE: dict[str, tuple[str, ...]] = {
     "cpu": ("native", "library", "reference"),
-    # Until a tuner has checked and timed them on the device at hand, our own kernels are taken on request only.
+    # Where nothing was measured (a graph is captured or compiled): our own kernels wait until they were checked and timed.
     "cuda": ("library", "reference", "triton", "cuda"),
 }
 _ANY_DEVICE = ("library", "reference")
@@ -50,6 +50,9 @@ class Geometry(NamedTuple):
     groups: int
 
 
+_NO_CONV = Geometry((), (), (), (), 1)
+
+
 @dataclass(frozen=True)
 class Problem:
     """What a backend needs to know to accept or refuse."""
@@ -65,8 +68,12 @@ class Problem:
         return cls(op, x.device.type, x.dtype, tuple(x.shape), conv)
 
     def key(self) -> str | None:
-        """What :mod:`fastres.tuning` calls this convolution; ``None`` for other ops."""
-        return None if self.conv is None else tuning.key(self.op, self.dtype, self.shape, *self.conv)
+        """What :mod:`fastres.tuning` calls this problem; ``None`` where it is never measured."""
+        if self.conv is None:
+            return (
+                tuning.key(self.op, self.dtype, self.shape, *_NO_CONV, self.device) if self.device == "cuda" else None
+            )
+        return tuning.key(self.op, self.dtype, self.shape, *self.conv, self.device)
 
     def __str__(self) -> str:
         return f"{self.op} on {self.device}, {str(self.dtype).removeprefix('torch.')}, shape {list(self.shape)}"
@@ -140,8 +147,8 @@ def preference(problem: Problem) -> tuple[str, ...]:
     """The backends ``auto`` tries, in order: what ``fastres tune`` found fastest here, then a fixed order."""
     op, device = problem.op, problem.device
     order = PREFERENCE.get(device, _ANY_DEVICE)
-    if op in _CONVS and device == "cpu" and not torch.compiler.is_compiling():
-        measured = tuning.choice(problem.key() or "")
+    if (op in _CONVS or device == "cuda") and not torch.compiler.is_compiling():
+        measured = tuning.choice(problem.key() or "", device) if device == "cpu" or torch.cuda.is_available() else None
         if measured in order:
             return (measured, *(b for b in order if b != measured))
     if op in _CONVS and device == "cpu" and (_library.isa() not in _ENGINE_FIRST or _library_trains(problem)):
@@ -193,12 +200,26 @@ def _notes(backend: str, x: Tensor) -> tuple[str, ...]:
 
 def _first_that_serves(op: str, x: Tensor, conv: Geometry | None) -> Choice:
     refused: list[tuple[str, str]] = []
-    for backend in preference(Problem.of(op, x, conv)):
+    problem = Problem.of(op, x, conv)
+    if problem.device == "cuda" and not torch.compiler.is_compiling():
+        _see(problem, x)
+    for backend in preference(problem):
         reason = refusal(backend, op, x.device.type, x.dtype)
         if reason is None:
             return Choice(backend, tuple(refused))
         refused.append((backend, reason))
     raise BackendError(f"no backend serves {Problem.of(op, x, conv)}: " + "; ".join(f"{b}: {r}" for b, r in refused))
+
+
+def _see(problem: Problem, x: Tensor) -> None:
+    """Measures a problem on a GPU the first time it is seen, where that is possible (:mod:`fastres.device_tuner`)."""
+    from fastres import device_tuner
+
+    if not device_tuner.may_measure(x):
+        return
+    name = problem.key()
+    if name is not None and x.numel() and tuning.choice(name, problem.device) is None:
+        device_tuner.first_sight(problem, name)
 
 
 def status() -> list[tuple[str, bool, str]]:

@@ -9,6 +9,8 @@ import triton
 from torch import Tensor
 
 from ..common.layout import absent
+from ..common.triton_choice import capability as device_capability
+from ..common.triton_choice import EXECUTED, choose, offered
 from ..common.triton_conv import ConvProblem, channels_last
 from ..common.triton_launch import Config, Launch
 from .triton_forward import conv_forward, merge_statistics
@@ -88,12 +90,15 @@ def _tma_tiles(problem: ConvProblem, narrow: bool, depth: int) -> list[Config]:
 
 def capability_of(x: Tensor) -> tuple[int, int]:
     """Of the device that ``x`` lives on; elsewhere that of the architecture that the emulators run."""
-    return torch.cuda.get_device_capability(x.device) if x.is_cuda else (8, 0)
+    return torch.cuda.get_device_capability(x.device) if x.is_cuda else EXECUTED
 
 
-def default_config(problem: ConvProblem, capability: tuple[int, int] = (8, 0)) -> Config:
-    """What runs where nothing was tuned: never a variant that was compiled but not executed anywhere yet."""
-    return configurations(problem, capability)[0]
+def default_config(problem: ConvProblem, device: tuple[int, int] | None = None) -> Config:
+    """What was measured, else the first: never a variant that was compiled but not executed anywhere yet."""
+    own = device_capability()
+    if device is None or device == own:
+        return choose("conv_forward", problem, lambda: configurations(problem, own))
+    return offered("conv_forward", configurations(problem, device), device)[0]
 
 
 def _operands(problem: ConvProblem, config: Config, x: Tensor, weight: Tensor) -> tuple[Any, Any]:

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..common.triton_choice import choose
 from ..common.triton_conv import (
     ConvProblem,
     affine,
@@ -192,7 +193,7 @@ def input_gradient_kernel(
 
 
 def default_config(problem: ConvProblem) -> Config:
-    return configurations(problem)[0]
+    return choose("input_gradient_kernel", problem, lambda: configurations(problem))
 
 
 def configurations(problem: ConvProblem) -> tuple[Config, ...]:

@@ -6,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common.layout import memory_format_of
+from ..common.triton_choice import choose
 from ..common.triton_conv import (
     ConvProblem,
     affine_act,
@@ -213,7 +214,7 @@ def splits_of(problem: ConvProblem, config: Config) -> tuple[int, int]:
 
 
 def default_config(problem: ConvProblem) -> Config:
-    return configurations(problem)[0]
+    return choose("weight_gradient_kernel", problem, lambda: configurations(problem))
 
 
 def configurations(problem: ConvProblem) -> tuple[Config, ...]:

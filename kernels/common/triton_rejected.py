@@ -1,0 +1,4 @@
+"""Configurations that an architecture is not offered; written by benchmarks/compile_ledger.py --update."""
+
+# (kernel, architecture): configurations that spill, do not fit into shared memory, or lost the tensor cores
+REJECTED: dict[tuple[str, int], tuple[str, ...]] = {}
