@@ -47,6 +47,10 @@ class Case:
     products: bool  # 16-bit products: tensor cores are a must
 
     @property
+    def sixteen_bit(self) -> bool:
+        return "fp32" not in self.problem
+
+    @property
     def name(self) -> str:
         return ", ".join(part for part in (self.kernel, self.problem, self.config) if part)
 
@@ -137,7 +141,23 @@ def _pointwise(dtype: str) -> Iterator[Case]:
         for number, config in enumerate(point.BACKWARD_CONFIGS):
             launch, _ = point.backward_launch(problem, config, y, y, main, rest, other, y, rest)
             yield Case("scale_shift_act backward", f"{name} {dtype}", str(config), launch, number == 0, False)
+    yield from _last(dtype, main)
     yield from _stem(dtype)
+
+
+def _last(dtype: str, main: Any) -> Iterator[Case]:
+    """The end of the last block, fused with the average over each image."""
+    from fastres.kernels.scale_shift_act import triton_kernel as point
+    from fastres.kernels.scale_shift_act_mean import triton_kernel as last
+
+    y, means = meta(BATCH, 256, 7, 7, dtype=DTYPES[dtype]), meta(BATCH, 256, dtype=DTYPES[dtype])
+    problem = point.PointProblem.of(y, y, None, True, mean=True, keep=True)
+    for number, config in enumerate(last.FORWARD_CONFIGS):
+        launch = last.forward_launch(problem, config, y, main, y, (None, None, None), means)
+        yield Case("scale_shift_act_mean forward", dtype, str(config), launch, number == 0, False)
+    for number, config in enumerate(point.BACKWARD_CONFIGS):
+        launch, _ = point.backward_launch(problem, config, means, y, main, y, (None, None, None), y, y)
+        yield Case("scale_shift_act_mean backward", dtype, str(config), launch, number == 0, False)
 
 
 def _stem(dtype: str) -> Iterator[Case]:

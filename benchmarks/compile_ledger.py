@@ -27,6 +27,7 @@ from benchmarks import compile_cases, cubin  # noqa: E402
 from benchmarks.compile_cases import Case  # noqa: E402
 from benchmarks.cubin import Figures  # noqa: E402
 from fastres.kernels.common.architectures import ARCHITECTURES  # noqa: E402
+from fastres.kernels.common.triton_choice import width  # noqa: E402
 
 LEDGER = ROOT / "benchmarks" / "results" / "compile_ledger.json"
 REJECTED = ROOT / "kernels" / "common" / "triton_rejected.py"
@@ -42,6 +43,10 @@ class Row:
     arch: int
     case: Case
     figures: Figures
+
+    @property
+    def key(self) -> tuple[str, str, int]:
+        return self.case.kernel, width(self.case.sixteen_bit), self.arch
 
     def faults(self) -> list[str]:
         """Why this configuration must not be offered on this architecture."""
@@ -100,7 +105,7 @@ def complaints(rows: Sequence[Row], ledger: dict[str, Any]) -> list[str]:
     for row in rows:
         name = f"sm_{row.arch} {row.case.name}"
         faults = row.faults()
-        if faults and row.case.config not in rejected.get((row.case.kernel, row.arch), ()):
+        if faults and row.case.config not in rejected.get(row.key, ()):
             found.append(f"{name}: {'; '.join(faults)}")
         committed = ledger["kernels"].get(row.case.name, {}).get(str(row.arch))
         if committed is None:
@@ -129,19 +134,19 @@ def worse(now: Figures, committed: Figures) -> list[str]:
 def update(rows: Sequence[Row]) -> None:
     """Writes the ledger and the list of rejected configurations."""
     kernels: dict[str, dict[str, list[float]]] = {}
-    rejected: dict[tuple[str, int], dict[str, list[str]]] = {}
+    rejected: dict[tuple[str, str, int], dict[str, list[str]]] = {}
     for row in rows:
         kernels.setdefault(row.case.name, {})[str(row.arch)] = list(asdict(row.figures).values())
         if faults := row.faults():
-            rejected.setdefault((row.case.kernel, row.arch), {})[row.case.config] = faults
+            rejected.setdefault(row.key, {})[row.case.config] = faults
     lines = [f"  {json.dumps(name)}: {json.dumps(entry)}" for name, entry in sorted(kernels.items())]
     head = json.dumps({"columns": COLUMNS, "versions": versions()})[1:-1]
     LEDGER.write_text("{" + head + ', "kernels": {\n' + ",\n".join(lines) + "\n}}\n")
     text = ['"""Configurations that an architecture is not offered; written by benchmarks/compile_ledger.py --update."""\n',
-            "# (kernel, architecture): configurations that spill, do not fit into shared memory, or lost the tensor cores",
-            "REJECTED: dict[tuple[str, int], tuple[str, ...]] = {"]  # fmt: skip
-    for (kernel, arch), configs in sorted(rejected.items()):
-        text.append(f'    ("{kernel}", {arch}): (')
+            "# (kernel, width of the maps, architecture): configurations that spill, do not fit into shared memory, or lost the tensor cores",
+            "REJECTED: dict[tuple[str, str, int], tuple[str, ...]] = {"]  # fmt: skip
+    for (kernel, bits, arch), configs in sorted(rejected.items()):
+        text.append(f'    ("{kernel}", "{bits}", {arch}): (')
         text += [f'        "{config}",  # {faults[0]}' for config, faults in sorted(configs.items())]
         text.append("    ),")
     REJECTED.write_text("\n".join([*text, "}"]) + "\n")

@@ -190,7 +190,7 @@ def _training_work(
         ):
             problem = _triton_problem(x, weight, vectors[0], conv)
             if problem is not None:
-                configs = triton_choice.offered(kernel, module.configurations(problem), capability)
+                configs = triton_choice.offered(kernel, module.configurations(problem), capability, problem.sixteen_bit)
                 run = partial(lambda flags, backend: gradients(backend, *flags), flags)
                 found.append(Part(kernel, triton_choice.key(kernel, problem), configs, run))
         return found
@@ -218,7 +218,9 @@ def _forward_parts(
     problem = _triton_problem(x, weight, scale, conv)
     if problem is None:
         return []
-    configs = triton_choice.offered("conv_forward", triton_run.configurations(problem, capability), capability)
+    configs = triton_choice.offered(
+        "conv_forward", triton_run.configurations(problem, capability), capability, problem.sixteen_bit
+    )
     return [Part("conv_forward", triton_choice.key("conv_forward", problem), configs, run)]
 
 

@@ -17,6 +17,7 @@ from fastres.kernels.common.triton_launch import executing_with
 from fastres.kernels.conv_act import bytes as conv_act
 from fastres.kernels.conv_stats import bytes as conv_stats
 from fastres.kernels.scale_shift_act import bytes as scale_shift_act
+from fastres.kernels.scale_shift_act_mean import bytes as mean
 from fastres.kernels.scale_shift_act_pool import bytes as pool
 from fastres.nn.blocks import Bottleneck
 from fastres.ops.schemas import overload
@@ -91,6 +92,15 @@ def test_scale_shift_act(residual, relu):
     assert_same("scale_shift_act", "", scale_shift_act.forward, y, *main, *rest, relu)
     arguments = (y.clone(), y, *main, *rest, relu, residual != "none")  # tensors of their own: addresses are counted
     assert_same("scale_shift_act", "backward", scale_shift_act.backward, *arguments)
+
+
+@pytest.mark.parametrize("residual", [False, True])
+def test_scale_shift_act_mean(residual):
+    y, main = random_map((2, 48, 7, 7), torch.bfloat16), random_vectors(48, 3)
+    rest = [y.flip(0).contiguous(memory_format=torch.channels_last) if residual else None, None, None, None]
+    assert_same("scale_shift_act_mean", "", mean.forward, y, *main, *rest, True)
+    grad = torch.ones(2, 48, dtype=torch.bfloat16)
+    assert_same("scale_shift_act_mean", "backward", mean.backward, grad, y, *main, *rest, True, residual)
 
 
 def test_scale_shift_act_pool():

@@ -35,11 +35,17 @@ def key(kernel: str, problem: "ConvProblem") -> str:
     return "|".join((kernel, str(problem.dtype).removeprefix("torch."), problem.precision, *texts, flags or "-"))
 
 
-def offered(kernel: str, options: Sequence[Config], device: tuple[int, int] | None = None) -> tuple[Config, ...]:
+def offered(
+    kernel: str, options: Sequence[Config], device: tuple[int, int] | None = None, sixteen_bit: bool = True
+) -> tuple[Config, ...]:
     """The configurations that the compile ledger did not reject for a device; all, where none would be left."""
-    number = architecture(device or capability()).number
-    rejected = REJECTED.get((kernel, number), ())
+    rejected = REJECTED.get((kernel, width(sixteen_bit), architecture(device or capability()).number), ())
     return tuple(c for c in options if str(c) not in rejected) or tuple(options)
+
+
+def width(sixteen_bit: bool) -> str:
+    """What a rejection holds for beside kernel and architecture."""
+    return "16 bits" if sixteen_bit else "32 bits"
 
 
 def choose(kernel: str, problem: "ConvProblem", options: Callable[[], Sequence[Config]]) -> Config:
@@ -49,7 +55,7 @@ def choose(kernel: str, problem: "ConvProblem", options: Callable[[], Sequence[C
     found = _chosen.get((kernel, problem))
     if found is None:
         wanted = measured(key(kernel, problem))
-        kept = offered(kernel, options())
+        kept = offered(kernel, options(), sixteen_bit=problem.sixteen_bit)
         found = _chosen[kernel, problem] = next((c for c in kept if str(c) == wanted), kept[0])
     return found
 

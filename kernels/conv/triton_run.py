@@ -9,8 +9,8 @@ import triton
 from torch import Tensor
 
 from ..common.layout import absent
-from ..common.triton_choice import capability as device_capability
 from ..common.triton_choice import EXECUTED, choose, offered
+from ..common.triton_choice import capability as device_capability
 from ..common.triton_conv import ConvProblem, channels_last
 from ..common.triton_launch import Config, Launch
 from .triton_forward import conv_forward, merge_statistics
@@ -98,7 +98,7 @@ def default_config(problem: ConvProblem, device: tuple[int, int] | None = None) 
     own = device_capability()
     if device is None or device == own:
         return choose("conv_forward", problem, lambda: configurations(problem, own))
-    return offered("conv_forward", configurations(problem, device), device)[0]
+    return offered("conv_forward", configurations(problem, device), device, problem.sixteen_bit)[0]
 
 
 def _operands(problem: ConvProblem, config: Config, x: Tensor, weight: Tensor) -> tuple[Any, Any]:

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fastres.kernels.common.traffic import Pass, named
+from fastres.kernels.common.traffic import Pass, named, size
 from fastres.kernels.conv_stats import bytes as conv_stats
 
 from . import eager
@@ -104,6 +104,13 @@ class Model:
         # Whoever needs the masked gradient reads grad and the mask: both gradients of the convolutions, and the sum of a fork.
         readers = 2 * (1 if both is None else 2) + (1 if residual is not None and both is None else 0)
         return [Pass("sums", reads), Pass("mask of the consumers", {"mask": readers * _mask(y)})]
+
+    def scale_shift_act_mean(self, y: Tensor, *rest: Any) -> list[Pass]:
+        """At these levels the last block's end and the pool behind it are kernels of their own."""
+        return [*self.scale_shift_act(y, *rest), Pass("mean", {"out": float(size(y))})]
+
+    def scale_shift_act_mean_backward(self, grad: Tensor, y: Tensor, *rest: Any) -> list[Pass]:
+        return [Pass("spread", {}, {"grad": float(size(y))}), *self.scale_shift_act_backward(y, y, *rest)]
 
     def scale_shift_act_pool(self, y: Tensor, scale: Any, center: Any, shift: Any, *rest: Any) -> list[Pass]:
         pool = import_module("fastres.kernels.scale_shift_act_pool.bytes").forward(y, scale, center, shift, *rest)
