@@ -33,6 +33,10 @@ LEDGER = ROOT / "benchmarks" / "results" / "compile_ledger.json"
 REJECTED = ROOT / "kernels" / "common" / "triton_rejected.py"
 CACHE = ROOT / "build" / "triton"  # machine code and what was read of it; what CI keeps within a run
 ARCHS = (80, 86, 89, 90, 100, 120)
+HEADER = '''"""Configurations that an architecture is not offered; written by benchmarks/compile_ledger.py --update."""
+
+# (kernel, width of the maps, architecture): what spills, does not fit into shared memory, or lost the tensor cores
+REJECTED: dict[tuple[str, str, int], tuple[str, ...]] = {'''
 COLUMNS = tuple(Figures.__dataclass_fields__)
 
 
@@ -142,14 +146,12 @@ def update(rows: Sequence[Row]) -> None:
     lines = [f"  {json.dumps(name)}: {json.dumps(entry)}" for name, entry in sorted(kernels.items())]
     head = json.dumps({"columns": COLUMNS, "versions": versions()})[1:-1]
     LEDGER.write_text("{" + head + ', "kernels": {\n' + ",\n".join(lines) + "\n}}\n")
-    text = ['"""Configurations that an architecture is not offered; written by benchmarks/compile_ledger.py --update."""\n',
-            "# (kernel, width of the maps, architecture): configurations that spill, do not fit into shared memory, or lost the tensor cores",
-            "REJECTED: dict[tuple[str, str, int], tuple[str, ...]] = {"]  # fmt: skip
+    text = [HEADER]
     for (kernel, bits, arch), configs in sorted(rejected.items()):
         text.append(f'    ("{kernel}", "{bits}", {arch}): (')
         text += [f'        "{config}",  # {faults[0]}' for config, faults in sorted(configs.items())]
         text.append("    ),")
-    REJECTED.write_text("\n".join([*text, "}"]) + "\n")
+    REJECTED.write_text(("\n".join([*text, "}"]) + "\n").replace("{\n}", "{}"))
 
 
 def summary(rows: Sequence[Row]) -> list[tuple[str, ...]]:

@@ -137,7 +137,8 @@ def _pointwise_work(
     problem: backends.Problem, y: Tensor, residual: Tensor, vectors: list[Tensor], normal: Callable[..., Tensor]
 ) -> Work:
     grad = normal(*problem.shape)
-    if problem.op == "scale_shift_act":
+    if problem.op in ("scale_shift_act", "scale_shift_act_mean"):
+        grad = grad if problem.op == "scale_shift_act" else normal(*problem.shape[:2])
         residual = residual.abs()  # of one sign with what it is added to: nothing cancels to almost zero
         shifted = [vectors[0], vectors[1] - 4.0, vectors[2]]
 

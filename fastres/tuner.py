@@ -1,6 +1,5 @@
 """``fastres.tune``: measures, for every convolution of a network, who computes it fastest here."""
 
-import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastres import _library, backends, tuning
+from fastres.contest import Candidate, Results, decide, rounds_of
 from fastres.errors import CompileError, InputError
 from fastres.inference import compile as compile_network
 from fastres.ops.schemas import OPS, overload
@@ -133,26 +133,21 @@ def _measure(layer: str, problem: backends.Problem, name: str, rounds: int) -> T
     """Times the backends that serve a problem, in turns."""
     names = [b for b in OPS[problem.op].backends if b != "reference"]
     usable = [b for b in names if backends.refusal(b, problem.op, "cpu", problem.dtype) is None]
-    row = TunedRow(layer, name, "library", {})
-    runners: dict[str, Callable[[], list[Tensor]]] = {}
-    with torch.no_grad():
-        expected = _runner(problem, "library")()
-        for backend in usable:
-            runner = _runner(problem, backend)
-            worst = max((_difference(a, b) for a, b in zip(runner(), expected, strict=True)), default=0.0)
-            if backend != "library" and worst > _AGREEMENT.get(problem.dtype, 1e-3):
-                row.dropped[backend] = f"differs from the library by {worst:.1e}"
-            else:
-                runners[backend] = runner
-        times: dict[str, list[float]] = {backend: [] for backend in runners}
-        for _ in range(rounds):
-            for backend, runner in runners.items():
-                begin = time.perf_counter()
-                runner()
-                times[backend].append(time.perf_counter() - begin)
-    row.ms = {backend: statistics.median(t) * 1e3 for backend, t in times.items()}
-    row.choice = min(row.ms, key=row.ms.__getitem__)
-    return row
+    candidates = [Candidate(b, _runner(problem, b)) for b in ("library", *(b for b in usable if b != "library"))]
+
+    def judge(mine: Results, expected: Results) -> str | None:
+        worst = max((_difference(a, b) for a, b in zip(mine, expected, strict=True)), default=0.0)
+        return f"differs from the library by {worst:.1e}" if worst > _AGREEMENT.get(problem.dtype, 1e-3) else None
+
+    with torch.no_grad():  # on the CPU nothing is gained by staying with the library: no tie
+        decision = decide(candidates, judge, rounds_of(_milliseconds, rounds), what=name, tie=0.0)
+    return TunedRow(layer, name, decision.choice, decision.ms, decision.dropped)
+
+
+def _milliseconds(run: Callable[[], object]) -> float:
+    begin = time.perf_counter()
+    run()
+    return 1e3 * (time.perf_counter() - begin)
 
 
 def _difference(a: Tensor, b: Tensor) -> float:

@@ -80,7 +80,9 @@ def ledger(model: str, batch: int = 256, dtype: str = "bf16", image: int | None 
 def step_of(network: nn.Module, images: Tensor, dtype: torch.dtype, fused: bool) -> list[Event]:
     """The events of one step; under FakeTensorMode. ``fused``: at the levels of a fused network, else L0."""
     names = {id(module): name for name, module in network.named_modules()}
-    handles = [m.register_forward_pre_hook(lambda m, _: backends.entering(m)) for m in network.modules()]
+    # Only modules without children: a block that somebody watches takes no shortcuts.
+    leaves = [m for m in network.modules() if not any(True for _ in m.children())]
+    handles = [m.register_forward_pre_hook(lambda m, _: backends.entering(m)) for m in leaves]
     try:
         with backends.use_backend("reference"), backends.recording(names) as layers:
             recorder = _Recorder(layers, fused, {tuple(p.shape) for p in network.parameters()})
