@@ -37,6 +37,7 @@ HEADER = '''"""Configurations that an architecture is not offered; written by be
 
 # (kernel, width of the maps, architecture): what spills, does not fit into shared memory, or lost the tensor cores
 REJECTED: dict[tuple[str, str, int], tuple[str, ...]] = {'''
+WHOLE = (80, 90)  # architectures of quick_cases with all kernels
 COLUMNS = tuple(Figures.__dataclass_fields__)
 
 
@@ -88,6 +89,13 @@ def everything(archs: Iterable[int] = ARCHS, defaults: bool = False, threads: in
     return [
         row for arch in archs for row in compiled(arch, list(compile_cases.cases(arch, defaults=defaults)), threads)
     ]
+
+
+def quick_cases(arch: int) -> list[Case]:
+    """What a test run has time for: the configurations that run untuned; for most architectures only those of the 16-bit
+    convolutions with a prologue, which need the most of everything."""
+    cases = list(compile_cases.cases(arch, defaults=True))
+    return cases if arch in WHOLE else [c for c in cases if c.products and "prologue" in c.problem]
 
 
 def load() -> dict[str, Any]:

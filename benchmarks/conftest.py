@@ -16,6 +16,7 @@ sys.path.insert(
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 ROWS = pytest.StashKey[list[record.Row]]()
+TABLES = pytest.StashKey[list[tuple[str, list[str]]]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -31,7 +32,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.stash[ROWS] = []
+    config.stash[ROWS], config.stash[TABLES] = [], []
     if hasattr(config.option, "benchmark_columns"):
         config.option.benchmark_columns = ["median", "iqr", "rounds"]
 
@@ -61,6 +62,10 @@ class Bench:
         """Stores figures that are not times."""
         self.fixture.extra_info.update(values)
         self.config.stash[ROWS].append({"suite": suite, "case": case, **values})
+
+    def table(self, title: str, lines: list[str]) -> None:
+        """Prints lines below the summary."""
+        self.config.stash[TABLES].append((title, lines))
 
 
 @pytest.fixture
@@ -99,6 +104,10 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
 
         terminalreporter.section("fastres plans against other runtimes")
         for line in text_tables(peers):
+            terminalreporter.write_line(line)
+    for title, lines in config.stash[TABLES]:
+        terminalreporter.section(title)
+        for line in lines:
             terminalreporter.write_line(line)
     if rows and config.getoption("--save-results"):
         for path in record.save(rows, {"full": bool(config.getoption("--full"))}):
