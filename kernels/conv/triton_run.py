@@ -179,7 +179,7 @@ def convolution(
     ).run()
     if counts is None or partial is None:
         return y, absent(y), absent(y)
-    return y, *_merge(counts, partial)
+    return y, *merged(counts, partial)
 
 
 def _constants(problem: ConvProblem, epilogue: Epilogue) -> dict[str, Any]:
@@ -207,7 +207,7 @@ def _constants(problem: ConvProblem, epilogue: Epilogue) -> dict[str, Any]:
     }
 
 
-def _merge(counts: Tensor, partial: Tensor) -> tuple[Tensor, Tensor]:
+def merged(counts: Tensor, partial: Tensor) -> tuple[Tensor, Tensor]:
     """(mean, biased var) [K] of all tiles, merged MERGED_TILES at a time; NaN where there is nothing."""
     tiles, _, k = partial.shape
     new = partial.new_empty

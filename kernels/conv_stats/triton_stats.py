@@ -12,6 +12,7 @@ from ..common.layout import empty_channels_innermost, in_format_of
 from ..common.triton_conv import as_index, block_indices, channels_last, load_channels, load_or_zero, needs_int64
 from ..common.triton_launch import Config, Launch
 from ..common.triton_sums import Tiles, part_and_columns, sum_of_rows
+from ..conv.triton_run import merged
 
 STATS_CONFIGS = tuple(
     Config.of(ELEMENTS=elements, WIDTH=64, PROGRAMS=programs, num_warps=warps, num_stages=2)
@@ -26,6 +27,7 @@ BACKWARD_CONFIGS = tuple(
 @triton.jit
 def statistics_kernel(
     y,  # [M, C]
+    counts,  # [programs] float32: the program's rows
     parts,  # [programs, 2, C] float32: mean and M2 = Σ (y − mean)² of the program's rows
     M,
     C,
@@ -62,45 +64,8 @@ def statistics_kernel(
     to = parts + as_index(part, INT64) * 2 * C + columns
     tl.store(to, joint + pivot, mask=columns < C)
     tl.store(to + C, joint_m2, mask=columns < C)
-
-
-@triton.jit
-def merge_kernel(
-    parts,  # [tiles, 2, C] float32: mean and M2 of each tile
-    mean,  # [C] float32
-    var,  # [C] float32
-    M,  # rows of all tiles
-    tiles,
-    rows,  # of every tile but the last, which may have fewer
-    C,
-    BLOCK_T: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
-    """mean = Σ n_t·mean_t / M and var = (Σ M2_t + n_t·(mean_t − mean)²) / M: Chan's formula for all tiles at once.
-
-    A program owns BLOCK_C channels. Reads tiles·C·12 bytes (the means twice), writes C·8. No rows: NaN.
-    """
-    columns = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    mask = columns < C
-    lanes = tl.zeros([BLOCK_T, BLOCK_C], tl.float32)
-    for first in range(0, tiles, BLOCK_T):
-        tile = first + tl.arange(0, BLOCK_T)
-        at = tile[:, None] * 2 * C + columns[None, :]
-        count = tl.minimum(rows, M - tile * rows).to(tl.float32)[:, None]
-        lanes += count * tl.load(parts + at, mask=(tile < tiles)[:, None] & mask[None, :], other=0.0)
-    total = tl.cast(M, tl.float32)
-    joint = sum_of_rows(lanes) / total
-    lanes = tl.zeros([BLOCK_T, BLOCK_C], tl.float32)
-    for first in range(0, tiles, BLOCK_T):
-        tile = first + tl.arange(0, BLOCK_T)
-        at = tile[:, None] * 2 * C + columns[None, :]
-        live = (tile < tiles)[:, None] & mask[None, :]
-        count = tl.minimum(rows, M - tile * rows).to(tl.float32)[:, None]
-        apart = tl.load(parts + at, mask=live, other=0.0) - joint[None, :]
-        m2 = tl.load(parts + at + C, mask=live, other=0.0)
-        lanes += tl.where(live, m2 + count * apart * apart, 0.0)
-    tl.store(mean + columns, joint, mask=mask)
-    tl.store(var + columns, sum_of_rows(lanes) / total, mask=mask)
+    lanes = tl.arange(0, BLOCK_C)
+    tl.store(counts + part + lanes, rows_here + tl.zeros([BLOCK_C], tl.float32), mask=columns == 0)
 
 
 @triton.jit
@@ -142,31 +107,8 @@ def statistics_backward_kernel(
     tl.store(out + at, total.to(out.dtype.element_ty), mask=mask)
 
 
-def merge_launch(parts: Tensor, rows: int, tile_rows: int, mean: Tensor, var: Tensor) -> Launch:
-    """Merges a workspace [tiles, 2, C] of (mean, M2) into mean and biased variance [C].
-
-    Args:
-        rows: of the whole map. tile_rows: of every tile but the last; tile t holds rows t·tile_rows and on.
-    """
-    tiles, _, channels = parts.shape
-    block_c = min(triton.next_power_of_2(max(channels, 1)), 32)
-    block_t = min(triton.next_power_of_2(max(tiles, 1)), 2048 // block_c)
-    arguments = {
-        "parts": parts, "mean": mean, "var": var, "M": rows, "tiles": tiles, "rows": tile_rows, "C": channels,
-    }  # fmt: skip
-    constants = {"BLOCK_T": block_t, "BLOCK_C": block_c}
-    return Launch(merge_kernel, (triton.cdiv(channels, block_c),), arguments, constants)
-
-
-def merged(parts: Tensor, rows: int, tile_rows: int) -> tuple[Tensor, Tensor]:
-    """(mean, biased variance), [C] each, of a workspace as :func:`merge_launch` takes it."""
-    mean, var = (torch.empty(parts.shape[2], dtype=torch.float32, device=parts.device) for _ in range(2))
-    merge_launch(parts, rows, tile_rows, mean, var).run()
-    return mean, var
-
-
-def statistics_launch(tiles: Tiles, config: Config, y: Tensor, parts: Tensor) -> Launch:
-    arguments = {"y": y, "parts": parts, "M": tiles.rows, "C": tiles.channels, "steps": tiles.steps}
+def statistics_launch(tiles: Tiles, config: Config, y: Tensor, counts: Tensor, parts: Tensor) -> Launch:
+    arguments = {"y": y, "counts": counts, "parts": parts, "M": tiles.rows, "C": tiles.channels, "steps": tiles.steps}
     constants = {"INT64": needs_int64(tiles.rows * tiles.channels), **tiles.constants}
     return Launch(statistics_kernel, tiles.grid, arguments, constants, config.num_warps, config.num_stages)
 
@@ -176,9 +118,10 @@ def stats(y: Tensor, config: Config = STATS_CONFIGS[0]) -> tuple[Tensor, Tensor]
     y = channels_last(y)
     n, c, h, w = y.shape
     tiles = Tiles.of(n * h * w, c, config, config["PROGRAMS"])
-    parts = torch.empty((tiles.parts, 2, c), dtype=torch.float32, device=y.device)
-    statistics_launch(tiles, config, y, parts).run()
-    return merged(parts, tiles.rows, tiles.BLOCK_M * tiles.steps)
+    counts = torch.empty(tiles.parts, dtype=torch.float32, device=y.device)
+    parts = counts.new_empty((tiles.parts, 2, c))
+    statistics_launch(tiles, config, y, counts, parts).run()
+    return merged(counts, parts)
 
 
 def stats_backward(
