@@ -5,6 +5,7 @@ fixed order of preference decides. ``FASTRES_TUNE_CACHE`` names another file, or
 counts as empty, and so does what another version measured on a GPU: it is said once, and written anew.
 """
 
+import ctypes
 import hashlib
 import json
 import os
@@ -37,16 +38,43 @@ def path() -> Path | None:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastres" / "tune.json"
 
 
-@cache
 def fingerprint(device: str = "cpu") -> str:
     """What a measurement holds for: on the CPU processor, instruction set, versions; on CUDA the current device, its
     capability, the driver, versions, and the sources of the kernels."""
     if device != "cuda":
-        return f"{cpu_name()}, {_library.isa()}, torch {torch.__version__}, fastres {__version__}"
-    major, minor = torch.cuda.get_device_capability()
-    driver = torch._C._cuda_getDriverVersion()  # type: ignore[attr-defined]
+        return _cpu_fingerprint()
+    try:
+        return _gpu_fingerprint()
+    except (RuntimeError, AssertionError):  # no device that answers: asking for a choice must not fail for that
+        return "unknown GPU"
+
+
+@cache
+def _cpu_fingerprint() -> str:
+    return f"{cpu_name()}, {_library.isa()}, torch {torch.__version__}, fastres {__version__}"
+
+
+@cache
+def _gpu_fingerprint() -> str:
+    name, (major, minor) = torch.cuda.get_device_name(), torch.cuda.get_device_capability()
     own = f"fastres {__version__}, kernels {kernel_version()}"
-    return f"{torch.cuda.get_device_name()}, sm_{major}{minor}, driver {driver}, torch {torch.__version__}, {_triton()}, {own}"
+    return f"{name}, sm_{major}{minor}, driver {_driver()}, torch {torch.__version__}, {_triton()}, {own}"
+
+
+def _driver() -> str:
+    """The display driver's version, or else the CUDA version that the driver serves."""
+    loaded = Path("/sys/module/nvidia/version")
+    try:
+        return loaded.read_text().strip()
+    except OSError:
+        pass  # not Linux, or a driver inside a virtual machine
+    version = ctypes.c_int(0)
+    try:
+        library = ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
+        library.cuDriverGetVersion(ctypes.byref(version))
+    except (OSError, AttributeError):
+        return "unknown"
+    return f"for CUDA {version.value // 1000}.{version.value % 1000 // 10}"
 
 
 def _triton() -> str:

@@ -24,6 +24,9 @@ SPACES = {
 }  # fmt: skip
 
 
+REAL_FINGERPRINT = tuning.fingerprint
+
+
 @pytest.fixture(autouse=True)
 def small(monkeypatch, tmp_path):
     """Two configurations a kernel, a file of choices of its own, and the interpreter in place of a device."""
@@ -215,3 +218,19 @@ def test_files_of_other_versions_are_measured_again(small):
         assert tuning.choice("a", "cuda") is None
     tuning.save({"a": {"choice": "triton"}}, "cuda")
     assert tuning.choice("a", "cuda") == "triton"
+
+
+def test_what_a_measurement_on_a_gpu_holds_for(monkeypatch):
+    tuning._gpu_fingerprint.cache_clear()
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "GPU Y")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    found = REAL_FINGERPRINT("cuda")
+    parts = ("GPU Y, sm_90, driver ", f"torch {torch.__version__}", "triton 3", f"kernels {tuning.kernel_version()}")
+    assert all(part in found for part in parts), found
+    tuning._gpu_fingerprint.cache_clear()
+
+    def nothing():
+        raise RuntimeError("no NVIDIA driver")
+
+    monkeypatch.setattr(torch.cuda, "get_device_name", nothing)
+    assert REAL_FINGERPRINT("cuda") == "unknown GPU"
