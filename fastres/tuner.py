@@ -1,7 +1,7 @@
 """``fastres.tune``: measures, for every convolution of a network, who computes it fastest here."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastres import _library, backends, tuning
-from fastres.contest import Candidate, Results, decide, rounds_of
+from fastres import _library, backends, device_tuner, tuning
+from fastres.contest import Candidate, Results, Timer, decide, rounds_of
 from fastres.errors import CompileError, InputError
 from fastres.inference import compile as compile_network
 from fastres.ops.schemas import OPS, overload
@@ -57,20 +57,23 @@ def tune(
     """Measures the convolutions of ``model`` on inputs like ``example`` and keeps the choices for this machine.
 
     In training mode: ``conv_stats`` forward and backward, by backend. In evaluation mode: the steps of the inference
-    plan, by kernel, and ``conv_act``, by backend. Every candidate's result is compared with the library's first.
+    plan, by kernel, and ``conv_act``, by backend. On a GPU: every op, the configurations of our kernels first and then the
+    backends, as ``auto`` does by itself at first sight. Every candidate's result is compared with the library's first.
     Problems that were measured before are measured again. Plans that exist already keep their kernels.
 
     Args:
-        model: fused (``fastres.create_model`` or ``fastres.fuse``), on the CPU. example: [N, C, H, W].
+        model: fused (``fastres.create_model`` or ``fastres.fuse``). example: [N, C, H, W], on the model's device.
         rounds: measurements of each candidate, in turns; their median counts.
         save: write the file of choices (:func:`fastres.tuning.path`). progress: called with a line per problem.
 
     Raises:
-        InputError: not on the CPU, or nothing to tune.
+        InputError: neither on the CPU nor on a CUDA GPU, or nothing to tune.
     """
-    if example.device.type != "cpu":
-        raise InputError(f"tune() measures the CPU's kernels, but the example is on {example.device}")
+    if example.device.type not in ("cpu", "cuda"):
+        raise InputError(f"tune() measures kernels of the CPU and of CUDA GPUs, but the example is on {example.device}")
     tell = progress or (lambda line: None)
+    if example.device.type == "cuda":
+        return _tune_gpu(_problems(model, example, all_ops=True), device_tuner.cuda_timer(rounds), save, tell)
     found: dict[str, TunedRow] = {}
     for layer, problem in _problems(model, example):
         name = problem.key()
@@ -88,19 +91,42 @@ def tune(
     return TuningReport(rows, file)
 
 
-def _problems(model: nn.Module, example: Tensor) -> Iterator[tuple[str, backends.Problem]]:
-    """The convolutions of one forward, with the layers they belong to; running statistics are put back."""
+def _tune_gpu(
+    problems: Iterable[tuple[str, backends.Problem]], timer: Timer, save: bool, tell: Callable[[str], None]
+) -> TuningReport:
+    """Measures each problem once, and remembers and keeps the choices of backends and configurations."""
+    rows: dict[str, TunedRow] = {}
+    everything: device_tuner.Found = {}
+    device = "cuda"
+    for layer, problem in problems:
+        name, device = problem.key(), problem.device
+        if name is None or name in rows:
+            continue
+        decision, found = device_tuner.measure(problem, name, timer)
+        everything.update(found)
+        rows[name] = TunedRow(layer, name, decision.choice, decision.ms, decision.dropped)
+        tell(str(TuningReport([rows[name]])))
+    if not rows:
+        raise InputError("tune() found no op of fastres in this network; fuse it first: fastres.fuse(model)")
+    file = tuning.save(everything, device) if save else None
+    tuning.remember(everything, device)
+    return TuningReport(list(rows.values()), file)
+
+
+def _problems(model: nn.Module, example: Tensor, all_ops: bool = False) -> Iterator[tuple[str, backends.Problem]]:
+    """The convolutions, or all ops, of one forward, with the layers they belong to; running statistics are put back."""
     kept = {name: value.clone() for name, value in model.named_buffers()}
     names = {id(module): name for name, module in model.named_modules()}
     try:
-        with torch.no_grad(), backends.recording(names) as recorder:
+        # by the library: on a GPU nothing is to be measured before its turn
+        with torch.no_grad(), backends.use_backend("library"), backends.recording(names) as recorder:
             model(example)
     finally:
         with torch.no_grad():
             for name, value in model.named_buffers():
                 value.copy_(kept[name])
     for layer, problem, _ in recorder.rows:
-        if problem.conv is not None and problem.device == "cpu":
+        if all_ops or problem.conv is not None:
             yield layer, problem
 
 

@@ -1,5 +1,6 @@
 """Tuning on a GPU, without one: the kernels run in the interpreter, the clock is a table, the device a few patched answers."""
 
+import dataclasses
 import json
 import warnings
 
@@ -8,7 +9,8 @@ import torch
 from emulation.triton_interpreter import interpreter_executor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fastres import backends, device_tuner, tuning
+import fastres
+from fastres import backends, device_tuner, tuner, tuning
 from fastres.kernels.common import triton_choice
 from fastres.kernels.common.triton_launch import Config, executing_with
 from fastres.kernels.conv import triton_run
@@ -70,6 +72,28 @@ def test_configurations_first_then_backends():
     kernels = {key.split("|")[0]: entry["choice"] for key, entry in found.items() if key != "the problem"}
     assert kernels == {kernel: str(configs[1]) for kernel, (_, configs) in SPACES.items()}
     assert not triton_choice._forced, "nothing stays forced"
+
+
+def test_tune_measures_each_problem_once_and_keeps_the_choices(monkeypatch):
+    clock, told = Clock(triton=1.0), []
+    other = dataclasses.replace(TRAIN, shape=(2, 16, 5, 5))
+    monkeypatch.setattr(device_tuner.triton_choice, "capability", lambda: (8, 0))
+    report = tuner._tune_gpu([("a", TRAIN), ("b", other), ("c", TRAIN)], clock, True, told.append)
+    assert [row.layer for row in report.rows] == ["a", "b"] and len(told) == 2
+    assert all(row.choice == "triton" and set(row.ms) == {"library", "native", "triton"} for row in report.rows)
+    kept = json.loads(report.file.read_text())
+    assert str(SPACES["conv_forward"][1][1]) in json.dumps(kept)
+    assert tuning.choice(TRAIN.key(), "cpu") == "triton"
+    with pytest.raises(fastres.errors.InputError, match="no op of fastres"):
+        tuner._tune_gpu([], clock, False, told.append)
+
+
+def test_problems_of_a_network_are_all_ops():
+    net = fastres.create_model("resnet20", fused=True).train()
+    before = {k: v.clone() for k, v in net.named_buffers()}
+    found = {problem.op for _, problem in tuner._problems(net, torch.randn(2, 3, 16, 16), all_ops=True)}
+    assert {"conv_stats", "scale_shift_act"} <= found
+    assert all(torch.equal(v, before[k]) for k, v in net.named_buffers())
 
 
 def test_the_library_keeps_what_is_not_faster():

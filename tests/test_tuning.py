@@ -102,4 +102,4 @@ def test_the_command(cache, capsys):
     from fastres.cli import main
 
     assert main(["tune", "resnet20", "--batch-size", "1", "--rounds", "1", "--mode", "train"]) == 0
-    assert "convolutions measured" in capsys.readouterr().out and cache.exists()
+    assert "problems measured" in capsys.readouterr().out and cache.exists()

@@ -14,6 +14,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=PositiveInt, default=8)
     parser.add_argument("--image-size", type=PositiveInt, default=None, help="side of the image (the network's own)")
     parser.add_argument("--mode", choices=["train", "eval"], default="eval")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--rounds", type=PositiveInt, default=5, help="measurements of each candidate")
     parser.add_argument("--dtype", type=Dtype, default="fp32")
     parser.add_argument("--threads", type=PositiveInt, default=None, help="CPU threads for computing (torch's choice)")
@@ -28,6 +29,7 @@ def run(options: Namespace) -> int:
 
     import fastres
     from fastres import tuning
+    from fastres.errors import InputError
     from fastres.train.run import DTYPES
 
     if options.threads is not None:
@@ -42,15 +44,18 @@ def run(options: Namespace) -> int:
     dtype = DTYPES[options.dtype]
     model = fastres.create_model(options.model, fused=True).train(options.mode == "train")
     training = options.mode == "train"
-    model = (model if training else model.to(dtype)).to(memory_format=torch.channels_last)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda: torch sees no CUDA device here")
+    model = (model if training else model.to(dtype)).to(options.device).to(memory_format=torch.channels_last)
     images = torch.randn(size).permute(0, 3, 1, 2)
-    images = images if training else images.to(dtype)
-    with torch.autocast("cpu", dtype, enabled=training and options.dtype != "fp32"):
+    images = (images if training else images.to(dtype)).to(options.device)
+    with torch.autocast(options.device, dtype, enabled=training and options.dtype != "fp32"):
         report = fastres.tune(
             model, images, rounds=options.rounds, save=options.save,
             progress=lambda line: out.print(line, markup=False, highlight=False, soft_wrap=True),
         )  # fmt: skip
-    changed = sum(row.choice not in ("native", "amx") for row in report.rows)
+    preferred = ("library",) if options.device == "cuda" else ("native", "amx")
+    changed = sum(row.choice not in preferred for row in report.rows)
     where = f"kept in {report.file}" if report.file else "not kept"
-    out.print(f"{len(report.rows)} convolutions measured, {changed} are fastest by others than the preferred; {where}")
+    out.print(f"{len(report.rows)} problems measured, {changed} are fastest by others than the preferred; {where}")
     return 0
