@@ -72,7 +72,7 @@ def test_resnet50_against_published_and_promised_figures(resnet50):
 def test_the_weights_share(resnet50):
     """Every convolution's weights are read twice and written once as a gradient, in 2 bytes, for 256 images."""
     convolutions = sum(
-        e.passes["fastres"][0].reads["weight"] for e in resnet50.events if e.op == "conv_stats_reference"
+        e.passes["fastres"][0].reads["weight"] for e in resnet50.events if e.op == "conv_stats_triton"
     )
     stem = 64 * 3 * 49 * 2
     share = resnet50.per_image("fastres") - resnet50.per_image("fastres", weights=False)
@@ -82,7 +82,7 @@ def test_the_weights_share(resnet50):
 def test_layers_of_the_backward_pass_are_those_of_the_forward_pass(resnet50):
     for fused in (True, False):
         events = [e for e in resnet50.events if (KEYS[0] not in e.passes) == fused]
-        convolution = "conv_stats_reference" if fused else "convolution"
+        convolution = "conv_stats_triton" if fused else "convolution"
         forward = [e.layer for e in events if e.op == convolution]
         backward = [e.layer for e in events if e.backward and e.op.startswith(("conv_stats_b", "convolution_b"))]
         assert len(forward) == 53 and sorted(forward) == sorted(backward)
@@ -93,6 +93,16 @@ def test_layers_of_the_backward_pass_are_those_of_the_forward_pass(resnet50):
         for key in KEYS:
             assert sum(row.get(key, 0) for _, row in parts) == pytest.approx(total[1][key])
             assert forward[1][key] + backward[1][key] == pytest.approx(total[1][key])
+
+
+def test_triton_keeps_what_the_library_rebuilds():
+    """A projection block's result and the stem's pooled map: a pass over maps that would save memory."""
+    made_anew = {}
+    for backend in ("triton", "library"):
+        found = ledger("resnet18", 2, image=32, backend=backend)
+        rows = dict(table.rows(found, "op"))
+        made_anew[backend] = {"scale_shift_act, backward pass", "scale_shift_act_pool_gather, backward pass"} & rows.keys()
+    assert not made_anew["triton"] and len(made_anew["library"]) == 2
 
 
 def test_passes():

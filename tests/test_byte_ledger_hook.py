@@ -126,7 +126,7 @@ def test_a_whole_bottleneck():
     with FakeTensorMode():
         fake = torch.empty(2, 64, 8, 8, dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
         events = step_of(torch.nn.Sequential(Bottleneck(64, 16)).train(), fake.requires_grad_(), torch.bfloat16, True)
-    own = [p for e in events if e.op.endswith("_reference") for p in e.passes["fastres"]]
+    own = [p for e in events if e.op.endswith("_triton") for p in e.passes["fastres"]]
     read, written = by_formula(own)
     names = MAPS | {"result"}
     ours = [r for r in executor.record if not r.name.startswith("merge")]

@@ -163,9 +163,10 @@ def scale_shift_act(
     args = (y, scale, center, shift, residual, res_scale, res_center, res_shift)
     forward = overload("scale_shift_act", backend)
     out = forward(*args, relu)
-    if res_scale is not None:  # both raw maps are saved anyway: the result is rebuilt rather than saved
-        recipes.attach(out, partial(_rebuild, forward, relu), *(t for t in args if t is not None))
-    return out
+    if res_scale is None:
+        return out
+    # both raw maps are saved anyway: the result is rebuilt rather than saved
+    return recipes.attach(backend, out, partial(_rebuild, forward, relu), *(t for t in args if t is not None))
 
 
 def _rebuild(forward: Callable[..., Tensor], relu: bool, *tensors: Tensor) -> Tensor:
@@ -237,7 +238,7 @@ def scale_shift_act_pool(
     args = (relu, kernel, stride, padding)
     out, index = overload("scale_shift_act_pool", backend)(y, scale, center, shift, *args)
     gather = overload("scale_shift_act_pool", backend, "gather")
-    return recipes.attach(out, partial(_regather, gather, args), y, scale, center, shift, index)
+    return recipes.attach(backend, out, partial(_regather, gather, args), y, scale, center, shift, index)
 
 
 def _regather(gather: Callable[..., Tensor], args: tuple[bool, int, int, int], *tensors: Tensor) -> Tensor:

@@ -3,7 +3,8 @@
 A block that ends in ``relu(bn(y) + bn(shortcut))`` saves ``y`` and the shortcut's raw output; its result need not be
 saved as well when the next convolutions can rebuild it in one pointwise pass. The op that makes such a result attaches
 a recipe to it, and the ops that would save it for backward save the recipe's tensors instead. They go through
-``ctx.save_for_backward`` like any other, so hooks, version checks and memory accounting see them.
+``ctx.save_for_backward`` like any other, so hooks, version checks and memory accounting see them. That trades a pass over
+maps for memory; backends whose steps are bound by such passes attach none.
 """
 
 from collections.abc import Callable
@@ -13,6 +14,8 @@ import torch
 from torch import Tensor
 
 _ATTRIBUTE = "_fastres_recipe"
+# Memory traffic bounds a step on a GPU: what these backends made is kept, since a pass that rebuilds it moves three maps.
+KEEPING = ("triton", "cuda")
 
 
 class Recipe(NamedTuple):
@@ -23,9 +26,10 @@ class Recipe(NamedTuple):
     version: int  # of the tensor when the recipe was attached; an in-place change makes the recipe void
 
 
-def attach(out: Tensor, rebuild: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
-    """Attaches a recipe to ``out`` if a backward pass may need it. Compiled graphs plan their memory themselves."""
-    if torch.compiler.is_compiling() or not out.requires_grad:
+def attach(backend: str, out: Tensor, rebuild: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    """Attaches a recipe to ``out``, which ``backend`` made, if a backward pass may need it. Compiled graphs plan their memory
+    themselves."""
+    if backend in KEEPING or torch.compiler.is_compiling() or not out.requires_grad:
         return out
     setattr(out, _ATTRIBUTE, Recipe(rebuild, tuple(t.detach() for t in tensors), out._version))
     return out

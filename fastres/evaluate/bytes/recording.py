@@ -15,11 +15,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fastres
 from fastres import backends
 from fastres.kernels.common.traffic import Pass
+from fastres.kernels.common.triton_launch import Launch, executing_with
 from fastres.ops.schemas import BACKENDS, OPS
 
 from . import eager
 from .levels import LEVELS, MODELS, Fastres, Model
 
+BACKEND = "triton"  # whose path level "fastres" describes, unless another is asked for
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -59,12 +61,14 @@ class Ledger:
         return sum(p.flops for p in passes) / self.batch
 
 
-def ledger(model: str, batch: int = 256, dtype: str = "bf16", image: int | None = None, **options: Any) -> Ledger:
+def ledger(
+    model: str, batch: int = 256, dtype: str = "bf16", image: int | None = None, backend: str = BACKEND, **options: Any
+) -> Ledger:  # fmt: skip
     """The byte ledger of one training step of a registered network. Nothing is computed and no GPU is needed.
 
     Args:
         model: a name that ``fastres models`` lists. dtype: of the maps, as under autocast. image: side, or the network's own.
-        options: of :func:`fastres.create_model`.
+        backend: whose path level "fastres" describes. options: of :func:`fastres.create_model`.
     """
     channels, height, width = fastres.model_info(model).input_size
     height, width = image or height, image or width
@@ -73,18 +77,24 @@ def ledger(model: str, batch: int = 256, dtype: str = "bf16", image: int | None 
     with FakeTensorMode():
         for fused in (False, True):
             network = fastres.create_model(model, fused=fused, **options).train()
-            found.events += step_of(network, torch.empty(shape), DTYPES[dtype], fused)
+            found.events += step_of(network, torch.empty(shape), DTYPES[dtype], fused, backend)
     return found
 
 
-def step_of(network: nn.Module, images: Tensor, dtype: torch.dtype, fused: bool) -> list[Event]:
-    """The events of one step; under FakeTensorMode. ``fused``: at the levels of a fused network, else L0."""
+def step_of(
+    network: nn.Module, images: Tensor, dtype: torch.dtype, fused: bool, backend: str = BACKEND
+) -> list[Event]:
+    """The events of one step; under FakeTensorMode. ``fused``: at the levels of a fused network, else L0.
+
+    ``backend`` decides what is kept for backward and who adds what; every op has the bytes of its fused kernels.
+    """
     names = {id(module): name for name, module in network.named_modules()}
     # Only modules without children: a block that somebody watches takes no shortcuts.
     leaves = [m for m in network.modules() if not any(True for _ in m.children())]
     handles = [m.register_forward_pre_hook(lambda m, _: backends.entering(m)) for m in leaves]
     try:
-        with backends.use_backend("reference"), backends.recording(names) as layers:
+        # Tensors are fake, so nothing is launched; with an executor, Triton takes those of a machine without a GPU.
+        with executing_with(_launched), backends.use_backend(backend), backends.recording(names) as layers:
             recorder = _Recorder(layers, fused, {tuple(p.shape) for p in network.parameters()})
             autocast = torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32)
             images = images.to(dtype).contiguous(memory_format=torch.channels_last)
@@ -97,6 +107,10 @@ def step_of(network: nn.Module, images: Tensor, dtype: torch.dtype, fused: bool)
         for handle in handles:
             handle.remove()
     return recorder.events
+
+
+def _launched(launch: Launch) -> None:
+    raise AssertionError(f"{launch.name} was launched over fake tensors")
 
 
 class _Recorder(TorchDispatchMode):

@@ -8,6 +8,7 @@ from typing import Any
 
 from fastres.errors import UserError
 from fastres.evaluate.gpus import Gpu
+from fastres.ops.schemas import BACKENDS
 
 from .levels import LEVELS
 from .recording import Event, Ledger
@@ -19,8 +20,11 @@ DIRECTIONS = (("forward", False), ("backward", True))
 def group_of(event: Event, by: str) -> str:
     """What an event is counted under."""
     if by == "op":
+        op = event.op
+        for backend in BACKENDS:
+            op = op.removesuffix(f"_{backend}")
         # A forward op inside the backward pass makes an activation anew that was not kept.
-        return f"{event.op.removesuffix('_reference')}, backward pass" if event.backward else event.op
+        return f"{op}, backward pass" if event.backward else op
     parts = event.layer.split(".")
     return ".".join(parts[: {"stage": 1, "block": 2 if len(parts) > 2 else len(parts), "layer": len(parts)}[by]])
 
