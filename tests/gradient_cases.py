@@ -133,6 +133,8 @@ class Arguments(NamedTuple):
     groups: int = 1
     need_input: bool = True
     need_weight: bool = True
+    addend: Tensor | None = None
+    factor: Tensor | None = None
 
     def double(self) -> "Arguments":
         return self._make(a.double() if isinstance(a, Tensor) else a for a in self)

@@ -22,7 +22,20 @@ from fastres.kernels.scale_shift_act_pool import bytes as pool
 from fastres.nn.blocks import Bottleneck
 from fastres.ops.schemas import overload
 
-MAPS = {"x", "y", "grad", "grad_y", "grad_x", "residual", "grad_residual", "out", "index", "weight", "grad_weight"}
+MAPS = {
+    "addend",
+    "x",
+    "y",
+    "grad",
+    "grad_y",
+    "grad_x",
+    "residual",
+    "grad_residual",
+    "out",
+    "index",
+    "weight",
+    "grad_weight",
+}
 
 
 def moved(record) -> tuple[int, int]:

@@ -13,12 +13,13 @@ from emulation.triton_interpreter import interpreter_executor
 from gradient_cases import ARRIVING, DTYPES, PROLOGUES, SHAPES, Arguments, Shape, arguments, tf32_peer
 from parity import SLACK, assert_parity, error_of, floor_of
 from torch import Tensor
+from triton_cases import whole_numbers, whole_vectors
 
 from fastres.errors import BackendError
 from fastres.kernels.common.layout import empty_like
 from fastres.kernels.common.triton_conv import ConvProblem
 from fastres.kernels.common.triton_launch import Config, Launch, executing_with
-from fastres.kernels.conv_stats import library, reference, triton_gradients
+from fastres.kernels.conv_stats import library, native, reference, triton_gradients
 from fastres.kernels.conv_stats import triton_input_gradient as of_input
 from fastres.kernels.conv_stats import triton_weight_gradient as of_weight
 
@@ -114,6 +115,38 @@ def test_every_combination_of_gradients(arriving, prologue):
     for shape, dtype in ((SHAPES[26], torch.float16), (SHAPES[14], torch.bfloat16)):
         a = arguments(shape, dtype, arriving, prologue)
         assert_exact(backward(a), a)
+
+
+@pytest.mark.parametrize("executor", EXECUTORS)
+@pytest.mark.parametrize("i", range(0, len(SHAPES), 5), ids=lambda i: str(SHAPES[i]))
+def test_an_addend_and_a_factor(i: int, executor: str, small_blocks):
+    """Another gradient of x, added as it is stored; a factor a channel of grad_y, applied as it is read; in any layout."""
+    kind, arriving, prologue, layout = variant(i)
+    for j, (adds, scales) in enumerate(((True, False), (False, True), (True, True))):
+        if j != i % 3 and executor == "ptx":
+            continue  # each of the three by a third of the shapes
+        a = arguments(SHAPES[i], DTYPES[kind], arriving, prologue, layout, seed=i)
+        addend = whole_numbers(tuple(a.x.shape), a.x.dtype, layout, seed=i + 1)
+        factor = whole_vectors(SHAPES[i].k, seed=i)[0]
+        a = a._replace(addend=addend if adds else None, factor=factor if scales else None)
+        assert_exact(backward(a, precision_of(kind), EXECUTORS[executor]()), a)
+
+
+@pytest.mark.parametrize("of", (library, native, reference), ids=lambda m: m.__name__.split(".")[-1])
+@pytest.mark.parametrize("groups", (1, 2))
+def test_other_backends_take_an_addend_and_a_factor(of, groups):
+    a = arguments(Shape(2, 8, 5, 5, 6, 3, 3, (1, 1), (1, 1)), torch.float32)
+    weight = a.weight[:, : 8 // groups].contiguous()
+    addend, factor = whole_numbers((2, 8, 5, 5), torch.float32, "contiguous", 1), whole_vectors(6, 2)[0]
+    plain = a._replace(weight=weight, groups=groups, grad_y=a.grad_y * factor.view(-1, 1, 1))
+    want = of.backward(*plain)
+    got = of.backward(*a._replace(weight=weight, groups=groups, addend=addend, factor=factor))
+    assert torch.equal(got[0], want[0] + addend)
+    for one, other in zip(got[1:], want[1:], strict=True):
+        assert torch.equal(one, other)
+    with executing_with(interpreter_executor()):
+        ours = triton_gradients.backward(*a._replace(weight=weight, groups=groups, addend=addend, factor=factor))
+    assert torch.equal(ours[0], got[0])
 
 
 @pytest.mark.parametrize("shape", (SHAPES[3], SHAPES[27], SHAPES[40]), ids=str)

@@ -13,6 +13,7 @@ from .functional import (
     Activation,
     Pending,
     Updates,
+    forked_conv_bn_act,
     fused_conv_bn_act,
     materialize,
     plain_conv_bn_act,
@@ -127,6 +128,12 @@ class ResidualBlock(nn.Module):
         assert isinstance(self.downsample, nn.Sequential)
         return self.layer(x, self.downsample[0], self.downsample[1], False, updates=updates)
 
+    def begin(self, x: Tensor, conv: nn.Conv2d, bn: nn.BatchNorm2d) -> tuple[Activation, Tensor]:
+        """(first layer of the block, the block's input as its shortcut shall take it)."""
+        if self.fused and self.shortcut != "none":
+            return forked_conv_bn_act(x, conv, bn, True)
+        return self.layer(x, conv, bn, True), x
+
     def forward(self, x: Tensor, average: bool = False) -> Tensor:
         """The block's result [N, K, P, Q], or its mean over P and Q, [N, K], which in training is all that is computed."""
         raise AssertionError("a block defines its convolutions")
@@ -176,7 +183,7 @@ class BasicBlock(ResidualBlock):
         self.add_shortcut(shortcut, channels_in, width, stride)
 
     def forward(self, x: Tensor, average: bool = False) -> Tensor:
-        a = self.layer(x, self.conv1, self.bn1, True)
+        a, x = self.begin(x, self.conv1, self.bn1)
         return self.finish(a, self.conv2, self.bn2, x, average)
 
 
@@ -211,6 +218,6 @@ class Bottleneck(ResidualBlock):
         self.add_shortcut(shortcut, channels_in, out, stride)
 
     def forward(self, x: Tensor, average: bool = False) -> Tensor:
-        a = self.layer(x, self.conv1, self.bn1, True)
+        a, x = self.begin(x, self.conv1, self.bn1)
         a = self.layer(a, self.conv2, self.bn2, True)
         return self.finish(a, self.conv3, self.bn3, x, average)

@@ -5,7 +5,7 @@ coefficients that normalise it (a :class:`Pending` activation), the next convolu
 end of a block applies them together with the shortcut. In evaluation BatchNorm is folded into the weights.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -95,14 +95,30 @@ def fused_conv_bn_act(
     Raises:
         InputError: wrong shapes, dtypes or devices. ValueError: one value per channel in training, as PyTorch.
     """
+    return _layer(x, conv, bn, relu, residual, updates, average)[0]
+
+
+def forked_conv_bn_act(x: Tensor, conv: nn.Conv2d, bn: BatchNorm, relu: bool) -> tuple[Activation, Tensor]:
+    """(``act(bn(conv(x)))``, ``x`` for whoever else reads it): the begin of a block, whose shortcut takes the second. It may be
+    a view of ``x``; see :func:`fastres.ops.forked_conv_stats`."""
+    return _layer(x, conv, bn, relu, fork=True)
+
+
+def _layer(
+    x: Activation, conv: nn.Conv2d, bn: BatchNorm, relu: bool, residual: Activation | None = None,
+    updates: Updates | None = None, average: bool = False, fork: bool = False,
+) -> tuple[Activation, Any]:  # fmt: skip
+    """(the layer's result, with ``fork`` its input)."""
     backends.entering(conv)
     args = conv_arguments(conv)
     if not uses_batch_statistics(bn):
         weight, bias = folded(conv, bn)
         rest = None if residual is None else materialize(residual)
         out = ops.conv_act(materialize(x), weight, bias, rest, relu=relu, **args)  # type: ignore[arg-type]
-        return averaged(out) if average else out
-    if isinstance(x, Tensor):
+        return (averaged(out) if average else out), x
+    if fork:
+        y, mean, var, x = ops.forked_conv_stats(x, conv.weight, **args)  # type: ignore[arg-type]
+    elif isinstance(x, Tensor):
         y, mean, var = ops.conv_stats(x, conv.weight, **args)  # type: ignore[arg-type]
     else:
         vectors = (x.scale, x.center, x.shift)
@@ -120,14 +136,14 @@ def fused_conv_bn_act(
         update_running(bn, *for_running(stats))
     if residual is None:
         pending = Pending(y, scale, center, shift, relu)
-        return averaged(pending) if average else pending
+        return (averaged(pending) if average else pending), x
     backends.entering(bn)
     if isinstance(residual, Pending) and residual.relu:
         residual = materialize(residual)
     end = ops.scale_shift_act_mean if average else ops.scale_shift_act
     if isinstance(residual, Tensor):
-        return end(y, scale, center, shift, residual, relu=relu)
-    return end(y, scale, center, shift, *residual[:4], relu=relu)
+        return end(y, scale, center, shift, residual, relu=relu), x
+    return end(y, scale, center, shift, *residual[:4], relu=relu), x
 
 
 def plain_conv_bn_act(

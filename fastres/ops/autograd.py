@@ -7,6 +7,7 @@ ops recompute them.
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .recipes import saved_form
@@ -27,7 +28,7 @@ def _saved(ctx: Any) -> tuple[Any, ...]:
     return (head[0] if ctx.rebuild is None else ctx.rebuild(*head), *rest)
 
 
-def _or_none(grad: Tensor, wanted: bool) -> Tensor | None:
+def _or_none(grad: Tensor | None, wanted: bool) -> Tensor | None:
     return grad if wanted else None
 
 
@@ -43,22 +44,57 @@ class ConvStats:
         ctx.args = (relu, stride, padding, dilation, groups)
 
     @staticmethod
-    def backward(backend: str, ctx, grad_y, grad_mean, grad_var):
-        none = (None,) * 11
+    def backward(backend: str, ctx, grad_y, grad_mean, grad_var, addend=None, factor=None):
         if grad_y is None and grad_mean is None and grad_var is None:
-            return none
+            return _or_none(addend, ctx.needs_input_grad[0]), *(None,) * 10
         x, weight, scale, center, shift, y, mean = _saved(ctx)
         needs = ctx.needs_input_grad
         need_input = needs[0] or needs[2] or needs[4]
         if y is None:
             y, mean = grad_y, grad_y.new_empty(0)
+        further = (_or_none(addend, needs[0]), factor) if addend is not None or factor is not None else ()
         grads = overload("conv_stats", backend, "backward")(
-            grad_y, grad_mean, grad_var, x, weight, y, mean, scale, center, shift, *ctx.args, need_input, needs[1]
+            grad_y,
+            grad_mean,
+            grad_var,
+            x,
+            weight,
+            y,
+            mean,
+            scale,
+            center,
+            shift,
+            *ctx.args,
+            need_input,
+            needs[1],
+            *further,
         )
         grad_x, grad_weight, grad_scale, grad_shift = (
             _or_none(g, need) for g, need in zip(grads, (needs[0], needs[1], needs[2], needs[4]), strict=True)
         )
         return grad_x, grad_weight, grad_scale, None, grad_shift, None, None, None, None, None, None
+
+
+class ForkedConvStats(torch.autograd.Function):
+    """conv_stats that also hands on its input, for whoever else reads it: autograd then brings their gradient here, where the
+    input gradient's kernel adds it, and not to an addition of its own.
+
+    Inputs: those of ConvStats, and the backend. The last result is a view of x.
+    """
+
+    @staticmethod
+    def forward(*inputs):
+        *arguments, backend = inputs
+        return *overload("conv_stats", backend)(*arguments), arguments[0].view_as(arguments[0])
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        *arguments, ctx.backend = inputs
+        ConvStats.setup_context(ctx, arguments, output[:3])
+
+    @staticmethod
+    def backward(ctx, grad_y, grad_mean, grad_var, addend):
+        return *ConvStats.backward(ctx.backend, ctx, grad_y, grad_mean, grad_var, addend), None
 
 
 class ScaleShiftAct:

@@ -20,7 +20,7 @@ def conv_stats(x, weight, scale, center, shift, relu, stride, padding, dilation,
 
 def conv_stats_backward(
     grad_y, grad_mean, grad_var, x, weight, y, mean, scale, center, shift,
-    relu, stride, padding, dilation, groups, need_input, need_weight,
+    relu, stride, padding, dilation, groups, need_input, need_weight, addend=None, factor=None,
 ):  # fmt: skip
     grad_w = empty_like(weight) if need_weight else absent(x)
     if not need_input:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,12 +12,14 @@ from fastres.errors import InputError
 from fastres.kernels.bn_coefficients.reference import forward as bn_coefficients
 
 from . import recipes
+from .autograd import ForkedConvStats
 from .schemas import overload
 
 __all__ = [
     "bn_coefficients",
     "conv_act",
     "conv_stats",
+    "forked_conv_stats",
     "scale_shift_act",
     "scale_shift_act_mean",
     "scale_shift_act_pool",
@@ -102,12 +105,60 @@ def conv_stats(
     Raises:
         InputError: wrong shapes, dtypes or devices. BackendError: a requested backend can't serve.
     """
+    arguments, backend = _conv_stats(x, weight, (scale, center, shift), relu, stride, padding, dilation, groups, stats)
+    return overload("conv_stats", backend)(*arguments)
+
+
+def _conv_stats(
+    x: Tensor,
+    weight: Tensor,
+    vectors: Sequence[Tensor | None],
+    relu: bool,
+    stride: Size2,
+    padding: Size2,
+    dilation: Size2,
+    groups: int,
+    stats: bool,
+) -> tuple[tuple[Any, ...], str]:
+    """(arguments of the op, backend), if everything fits together."""
     x, weight = _autocast(x, weight)  # type: ignore[assignment]
     _check_conv("conv_stats", x, weight, groups)
-    _check_vectors("conv_stats", x, x.shape[1], scale=scale, center=center, shift=shift)
+    _check_vectors("conv_stats", x, x.shape[1], **dict(zip(("scale", "center", "shift"), vectors, strict=True)))
     conv = backends.Geometry(tuple(weight.shape), _pair(stride), _pair(padding), _pair(dilation), groups)
     backend = backends.select("conv_stats", x, conv).backend
-    return overload("conv_stats", backend)(x, weight, scale, center, shift, relu, *conv[1:], stats)
+    return (x, weight, *vectors, relu, *conv[1:], stats), backend
+
+
+def _eager_triton(backend: str) -> bool:
+    """Whether nodes of our own may stand in autograd's graph: with gradients, and not where a compiler or a transform of
+    functions looks on, which see plain ops. Only Triton's kernels gain by them."""
+    return (
+        backend == "triton"
+        and torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and torch._C._functorch.peek_interpreter_stack() is None
+    )
+
+
+def forked_conv_stats(
+    x: Tensor,
+    weight: Tensor,
+    *,
+    stride: Size2 = 1,
+    padding: Size2 = 0,
+    dilation: Size2 = 1,
+    groups: int = 1,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """:func:`conv_stats` of an input that something else reads as well, a block's shortcut, which takes the fourth result.
+
+    That is ``x`` itself, or a view of it whose gradient the convolution's own input gradient adds as it is stored, instead of a
+    pass that reads two gradients and writes a third.
+    """
+    arguments, backend = _conv_stats(x, weight, (None,) * 3, False, stride, padding, dilation, groups, True)
+    if not (_eager_triton(backend) and x.requires_grad and arguments[0] is x):
+        return *overload("conv_stats", backend)(*arguments), x
+    y, mean, var, view = ForkedConvStats.apply(*arguments, backend)
+    return y, mean, var, recipes.hand_on(x, view)
 
 
 def _checked_point(

@@ -35,6 +35,13 @@ def attach(backend: str, out: Tensor, rebuild: Callable[..., Tensor], *tensors: 
     return out
 
 
+def hand_on(x: Tensor, view: Tensor) -> Tensor:
+    """Gives ``view``, which holds the same values, the recipe of ``x``; they share the version that makes it void."""
+    if hasattr(x, _ATTRIBUTE):
+        setattr(view, _ATTRIBUTE, getattr(x, _ATTRIBUTE))
+    return view
+
+
 def drop(out: Tensor) -> Tensor:
     """Removes the recipe of ``out``: its tensors are not kept for backward after all."""
     if hasattr(out, _ATTRIBUTE):

@@ -39,7 +39,8 @@ OPS: dict[str, OpSchema] = {
         forward=f"(Tensor x, Tensor weight, {_OPTIONAL.format('')}, bool relu, {_CONV}, bool stats)"
         " -> (Tensor y, Tensor mean, Tensor var)",
         backward="(Tensor? grad_y, Tensor? grad_mean, Tensor? grad_var, Tensor x, Tensor weight, Tensor y, Tensor mean,"
-        f" {_OPTIONAL.format('')}, bool relu, {_CONV}, bool need_input, bool need_weight)"
+        f" {_OPTIONAL.format('')}, bool relu, {_CONV}, bool need_input, bool need_weight,"
+        " Tensor? addend=None, Tensor? factor=None)"
         " -> (Tensor grad_x, Tensor grad_weight, Tensor grad_scale, Tensor grad_shift)",
         backends=("reference", "library", "native", "triton"),
     ),

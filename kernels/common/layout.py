@@ -56,6 +56,18 @@ def per_channel(v: Tensor) -> Tensor:
     return v.view(1, -1, 1, 1)
 
 
+def plus(grad: Tensor, addend: Tensor | None) -> Tensor:
+    """``grad + addend`` in the dtype and layout of ``grad``; without an addend ``grad`` itself."""
+    return grad if addend is None else (grad + addend).to(grad.dtype).contiguous(memory_format=memory_format_of(grad))
+
+
+def times(grad: Tensor | None, factor: Tensor | None) -> Tensor | None:
+    """``factor·grad``, [N, C, H, W] and [C], in the dtype of ``grad``; without a factor ``grad`` itself."""
+    if grad is None or factor is None:
+        return grad
+    return (grad.to(factor.dtype) * per_channel(factor)).to(grad.dtype)
+
+
 def absent(like: Tensor) -> Tensor:
     """Stands for an output that was not asked for: op schemas have no optional results."""
     return torch.empty(0, dtype=stats_dtype(like.dtype), device=like.device)

@@ -18,15 +18,15 @@ def forward(
 
 def backward(
     grad_y, grad_mean, grad_var, x, weight, y, mean, scale, center, shift,
-    relu: bool, stride, padding, dilation, groups: int, need_input: bool, need_weight: bool,
+    relu: bool, stride, padding, dilation, groups: int, need_input: bool, need_weight: bool, addend=None, factor=None,
 ):  # fmt: skip
-    """The input gradient reads what it makes the gradient of y from, and x for the mask and the sums of the prologue; the
-    weight gradient reads both again and makes the activated input anew."""
+    """The input gradient reads what it makes the gradient of y from, and x for the mask and the sums of the prologue, and
+    another gradient of x that it adds; the weight gradient reads both again and makes the activated input anew."""
     read, flops = conv_reads(x, weight, stride, padding, dilation)
     gradient = named(grad_y=grad_y, y=y if grad_var is not None else None)
     passes = []
     if need_input:
-        reads = {**gradient, **named(weight=weight, x=x if scale is not None else None)}
+        reads = {**gradient, **named(weight=weight, x=x if scale is not None else None, addend=addend)}
         passes.append(Pass("conv_stats_input_gradient", reads, named(grad_x=x), flops))
     if need_weight:
         reads = {**gradient, **named(x=read)}

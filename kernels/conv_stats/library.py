@@ -3,7 +3,7 @@
 import torch
 
 from ..common import pointwise
-from ..common.layout import absent, memory_format_of
+from ..common.layout import absent, memory_format_of, plus, times
 
 _aten = torch.ops.aten
 
@@ -21,10 +21,10 @@ def forward(
 
 def backward(
     grad_y, grad_mean, grad_var, x, weight, y, mean, scale, center, shift,
-    relu: bool, stride, padding, dilation, groups: int, need_input: bool, need_weight: bool,
+    relu: bool, stride, padding, dilation, groups: int, need_input: bool, need_weight: bool, addend=None, factor=None,
     passes=pointwise,
 ):  # fmt: skip
-    g = grad_y
+    g = grad_y = times(grad_y, factor)
     if grad_mean is not None or grad_var is not None:
         g = passes.stats_backward(grad_y, y, mean, grad_mean, grad_var)
     a = x
@@ -37,6 +37,6 @@ def backward(
     if not need_input:
         return absent(x), grad_w, absent(x), absent(x)
     if scale is None:
-        return da.contiguous(memory_format=memory_format_of(x)), grad_w, absent(x), absent(x)
+        return plus(da.contiguous(memory_format=memory_format_of(x)), addend), grad_w, absent(x), absent(x)
     dx, grad_scale, grad_shift = passes.prologue_backward_(da, x, scale, center, shift, relu)
-    return dx, grad_w, grad_scale, grad_shift
+    return plus(dx, addend), grad_w, grad_scale, grad_shift

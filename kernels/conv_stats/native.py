@@ -5,7 +5,7 @@ gradients and weight gradients without AMX or of few channels, goes to the libra
 import torch
 
 from ..common import pointwise
-from ..common.layout import absent, memory_format_of
+from ..common.layout import absent, memory_format_of, plus, times
 
 _aten = torch.ops.aten
 _ops = torch.ops.fastres
@@ -30,10 +30,11 @@ def serves_weight_gradient(weight, groups: int) -> bool:
 
 def backward(
     grad_y, grad_mean, grad_var, x, weight, y, mean, scale, center, shift,
-    relu: bool, stride, padding, dilation, groups: int, need_input: bool, need_weight: bool,
+    relu: bool, stride, padding, dilation, groups: int, need_input: bool, need_weight: bool, addend=None, factor=None,
 ):  # fmt: skip
     if grad_y is None:
         grad_y = torch.zeros_like(y)
+    grad_y = times(grad_y, factor)
     has_stats = grad_mean is not None or grad_var is not None
     affine, conv = (scale, center, shift, relu), (stride, padding, dilation, groups)
     args = (grad_y, y, mean if has_stats else None, grad_mean, grad_var, x, weight, *affine, *conv)
@@ -60,4 +61,4 @@ def backward(
         grad_w = grad_w.contiguous(memory_format=memory_format_of(weight))
     if scale is None or not need_input:
         grad_scale = grad_shift = absent(x)
-    return dx, grad_w, grad_scale, grad_shift
+    return plus(dx, addend) if need_input else dx, grad_w, grad_scale, grad_shift

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn.grad import conv2d_input, conv2d_weight
 
-from ..common.layout import absent, memory_format_of, per_channel, stats_dtype
+from ..common.layout import absent, memory_format_of, per_channel, plus, stats_dtype, times
 from ..scale_shift_act import reference as pointwise
 
 
@@ -40,7 +40,9 @@ def stats_backward(grad_y, y, mean, grad_mean, grad_var) -> Tensor:
 def backward(
     grad_y, grad_mean, grad_var, x, weight, y, mean, scale, center, shift,
     relu: bool, stride, padding, dilation, groups: int, need_input: bool, need_weight: bool,
+    addend: Tensor | None = None, factor: Tensor | None = None,
 ):  # fmt: skip
+    grad_y = times(grad_y, factor)
     g = grad_y if grad_mean is None and grad_var is None else stats_backward(grad_y, y, mean, grad_mean, grad_var)
     a = _activated(x, scale, center, shift, relu)
     conv = (stride, padding, dilation, groups)
@@ -51,8 +53,8 @@ def backward(
         return absent(x), grad_w, absent(x), absent(x)
     da = conv2d_input(a.shape, weight, g, *conv).contiguous(memory_format=memory_format_of(x))
     if scale is None:
-        return da, grad_w, absent(x), absent(x)
+        return plus(da, addend), grad_w, absent(x), absent(x)
     dx, grad_scale, grad_shift, *_ = pointwise.backward(
         da, x, scale, center, shift, None, None, None, None, relu, False
     )
-    return dx, grad_w, grad_scale, grad_shift
+    return plus(dx, addend), grad_w, grad_scale, grad_shift

@@ -20,12 +20,14 @@ def gradient_tile(
     mean,  # [1, channels] float32
     grad_mean,  # [1, channels] float32, already divided by n
     grad_var,  # [1, channels] float32, already multiplied by 2/n
+    factor,  # [1, channels] float32
     HAS_GRAD_Y: tl.constexpr,
     HAS_GRAD_MEAN: tl.constexpr,
     HAS_GRAD_VAR: tl.constexpr,
+    HAS_FACTOR: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
-    """G = grad_y + grad_mean/n + 2·grad_var·(y − mean)/n, [rows, channels] rounded to DTYPE; 0 where masked.
+    """G = [factor·]grad_y + grad_mean/n + 2·grad_var·(y − mean)/n, [rows, channels] rounded to DTYPE; 0 where masked.
 
     The mask comes last: a pixel outside the map has no gradient, also where grad_mean gives every pixel a share.
     """
@@ -33,8 +35,10 @@ def gradient_tile(
         g = tl.load(grad_y + offset, mask=mask, other=0.0)
     else:
         g = tl.zeros(offset.shape, DTYPE)
-    if HAS_GRAD_MEAN or HAS_GRAD_VAR:
+    if HAS_GRAD_MEAN or HAS_GRAD_VAR or HAS_FACTOR:
         total = g.to(tl.float32)
+        if HAS_FACTOR:
+            total *= factor
         if HAS_GRAD_MEAN:
             total += grad_mean
         if HAS_GRAD_VAR:
@@ -48,22 +52,27 @@ def gradient_vectors(
     mean,  # [K] float32, as grad_mean and grad_var; read where the flags say so
     grad_mean,
     grad_var,
+    factor,
     k,  # [channels]
     live,  # [channels]
     inverse_count,
     HAS_GRAD_MEAN: tl.constexpr,
     HAS_GRAD_VAR: tl.constexpr,
+    HAS_FACTOR: tl.constexpr,
 ):
-    """(mean, grad_mean/n, 2·grad_var/n) of channels ``k``, each [1, channels]; 0 where not asked for."""
+    """(mean, grad_mean/n, 2·grad_var/n, factor) of channels ``k``, each [1, channels]; 0 where not asked for."""
     center = tl.zeros(k.shape, tl.float32)
     constant = center
     slope = center
+    times = center
     if HAS_GRAD_MEAN:
         constant = tl.load(grad_mean + k, mask=live, other=0.0) * inverse_count
     if HAS_GRAD_VAR:
         slope = tl.load(grad_var + k, mask=live, other=0.0) * (2.0 * inverse_count)
         center = tl.load(mean + k, mask=live, other=0.0)
-    return center[None, :], constant[None, :], slope[None, :]
+    if HAS_FACTOR:
+        times = tl.load(factor + k, mask=live, other=0.0)
+    return center[None, :], constant[None, :], slope[None, :], times[None, :]
 
 
 @dataclass(frozen=True)
@@ -75,15 +84,17 @@ class Gradients:
     grad_var: Tensor | None  # [K]
     y: Tensor | None  # [N, K, P, Q], kept where grad_var needs it
     mean: Tensor | None  # [K]
+    factor: Tensor | None = None  # [K], of grad_y
 
     @classmethod
-    def of(cls, grad_y, grad_mean, grad_var, y: Tensor, mean: Tensor) -> "Gradients":
+    def of(cls, grad_y, grad_mean, grad_var, y: Tensor, mean: Tensor, factor: Tensor | None = None) -> "Gradients":
         """Lays out what is there and drops what isn't read. Gradients of vectors may be expanded scalars."""
         dense = None if grad_y is None else channels_last(grad_y.to(y.dtype))
-        on_mean, on_var = (None if g is None else g.float().contiguous() for g in (grad_mean, grad_var))
+        vectors = (grad_mean, grad_var, None if dense is None else factor)
+        on_mean, on_var, times = (None if v is None else v.float().contiguous() for v in vectors)
         if on_var is None:
-            return cls(dense, on_mean, None, None, None)
-        return cls(dense, on_mean, on_var, channels_last(y), mean.float().contiguous())
+            return cls(dense, on_mean, None, None, None, times)
+        return cls(dense, on_mean, on_var, channels_last(y), mean.float().contiguous(), times)
 
     def arguments(self, problem: ConvProblem) -> dict[str, Tensor | float | None]:
         """Run-time arguments that every gradient kernel takes."""
@@ -93,6 +104,7 @@ class Gradients:
             "mean": self.mean,
             "grad_mean": self.grad_mean,
             "grad_var": self.grad_var,
+            "factor": self.factor,
             "inverse_count": 1.0 / max(problem.rows_out, 1),
         }
 
@@ -101,6 +113,7 @@ class Gradients:
             "HAS_GRAD_Y": self.grad_y is not None,
             "HAS_GRAD_MEAN": self.grad_mean is not None,
             "HAS_GRAD_VAR": self.grad_var is not None,
+            "HAS_FACTOR": self.factor is not None,
         }
 
 

@@ -1,5 +1,7 @@
 """conv_stats' backward by Triton: the two gradient kernels, or for groups the library's convolution between passes."""
 
+from torch import Tensor
+
 from ..common.layout import absent, memory_format_of
 from ..common.triton_conv import ConvProblem, channels_last
 from ..common.triton_launch import require
@@ -12,20 +14,21 @@ from .triton_weight_gradient import weight_gradient
 def backward(
     grad_y, grad_mean, grad_var, x, weight, y, mean, scale, center, shift,
     relu: bool, stride, padding, dilation, groups: int, need_input: bool, need_weight: bool,
+    addend: Tensor | None = None, factor: Tensor | None = None,
 ):  # fmt: skip
     require(x.device.type)
     problem = ConvProblem.of(x, weight, stride, padding, dilation, scale, relu)
     if groups != 1:
         return library.backward(
             grad_y, grad_mean, grad_var, x, weight, y, mean, scale, center, shift,
-            relu, stride, padding, dilation, groups, need_input, need_weight,
+            relu, stride, padding, dilation, groups, need_input, need_weight, addend, factor,
         )  # fmt: skip
-    gradients = Gradients.of(grad_y, grad_mean, grad_var, y, mean)
+    gradients = Gradients.of(grad_y, grad_mean, grad_var, y, mean, factor)
     prologue = Prologue.of(x, scale, center, shift)
     grad_w = weight_gradient(problem, gradients, prologue, weight) if need_weight else absent(x)
     if not need_input:
         return absent(x), grad_w, absent(x), absent(x)
-    grad_x, grad_scale, grad_shift = input_gradient(problem, gradients, channels_last(weight), prologue)
+    grad_x, grad_scale, grad_shift = input_gradient(problem, gradients, channels_last(weight), prologue, addend)
     grad_x = grad_x.contiguous(memory_format=memory_format_of(x))
     if grad_scale is None or grad_shift is None:
         return grad_x, grad_w, absent(x), absent(x)

@@ -13,6 +13,7 @@ from ..common.triton_conv import (
     affine,
     as_index,
     block_indices,
+    channels_last,
     inside,
     load_channels,
     pixel_of,
@@ -60,11 +61,13 @@ def input_gradient_kernel(
     mean,  # [K] float32, as grad_mean and grad_var
     grad_mean,
     grad_var,
+    factor,  # [K] float32, of grad_y
     weight,  # [K, R, S, C]
     x,  # [N, H, W, C], read where PROLOGUE
     scale,  # [C] float32, as center and shift
     center,
     shift,
+    addend,  # [N, H, W, C], read where ADD
     grad_x,  # [N, H, W, C]
     partials,  # [tiles, 2, C] float32, written where PROLOGUE
     inverse_count,
@@ -90,8 +93,10 @@ def input_gradient_kernel(
     HAS_GRAD_Y: tl.constexpr,
     HAS_GRAD_MEAN: tl.constexpr,
     HAS_GRAD_VAR: tl.constexpr,
+    HAS_FACTOR: tl.constexpr,
     PROLOGUE: tl.constexpr,
     RELU: tl.constexpr,
+    ADD: tl.constexpr,
     POINTWISE: tl.constexpr,
     INT64: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -99,12 +104,15 @@ def input_gradient_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """grad_x = scale·dz, and per tile of pixels Σ dz·(x − center) and Σ dz: dz is the input gradient of G, masked by the ReLU.
+    """grad_x = scale·dz [+ addend], and per tile of pixels Σ dz·(x − center) and Σ dz.
+
+    dz is the input gradient of G, masked by the ReLU.
 
     One program owns BLOCK_M input pixels of one phase (pixels alike modulo the stride: only the taps that meet them are
     visited) and BLOCK_N input channels; it reduces over those taps and the K output channels. A phase that no tap meets
     reduces over nothing, and its zeros pass the same epilogue.
-    Bytes, each map once: reads grad_y, with HAS_GRAD_VAR y, with PROLOGUE x, and weight; writes grad_x and partials.
+    Bytes, each map once: reads grad_y, with HAS_GRAD_VAR y, with PROLOGUE x, with ADD addend, and weight;
+    writes grad_x and partials.
     """
     C = C // C_UNIT * C_UNIT  # the same numbers, as multiples that the compiler sees
     K = K // K_UNIT * K_UNIT
@@ -150,8 +158,8 @@ def input_gradient_kernel(
             source = (image * P + p) * Q + q
             seen = live & inside(p, q, P, Q)
             tap = (first_r + tap_h * STEP_H) * S + first_s + tap_w * STEP_W
-        m, constant, slope = gradient_vectors(
-            mean, grad_mean, grad_var, k, live_k, inverse_count, HAS_GRAD_MEAN, HAS_GRAD_VAR
+        m, constant, slope, times = gradient_vectors(
+            mean, grad_mean, grad_var, factor, k, live_k, inverse_count, HAS_GRAD_MEAN, HAS_GRAD_VAR, HAS_FACTOR
         )
         g = gradient_tile(
             grad_y,
@@ -161,9 +169,11 @@ def input_gradient_kernel(
             m,
             constant,
             slope,
+            times,
             HAS_GRAD_Y,
             HAS_GRAD_MEAN,
             HAS_GRAD_VAR,
+            HAS_FACTOR,
             DTYPE,
         )  # [BLOCK_M, BLOCK_K]
         line = as_index(k, INT64) * (R * S) + tap
@@ -189,6 +199,8 @@ def input_gradient_kernel(
         write_part(partials, part, 0, 2, c, C, accumulator * (value - b))
         write_part(partials, part, 1, 2, c, C, accumulator)
         accumulator = accumulator * a
+    if ADD:  # another gradient of x itself: it passes neither the prologue nor its sums
+        accumulator += tl.load(addend + offset, mask=mask, other=0.0).to(tl.float32)
     tl.store(grad_x + offset, accumulator.to(DTYPE), mask=mask)
 
 
@@ -236,11 +248,16 @@ def tiles_of(problem: ConvProblem, config: Config) -> int:
 
 
 def input_gradient(
-    problem: ConvProblem, gradients: Gradients, weight: Tensor, prologue: Prologue, config: Config | None = None
+    problem: ConvProblem,
+    gradients: Gradients,
+    weight: Tensor,
+    prologue: Prologue,
+    addend: Tensor | None = None,
+    config: Config | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """(grad_x [N, C, H, W] in channels_last, grad_scale [C], grad_shift [C]); the vectors None without a prologue.
 
-    weight: [K, C, R, S] dense in channels_last.
+    weight: [K, C, R, S] dense in channels_last. addend: [N, C, H, W] or None, added to grad_x.
     """
     config = config or default_config(problem)
     tiles = tiles_of(problem, config)
@@ -253,6 +270,7 @@ def input_gradient(
             **gradients.arguments(problem),
             **prologue.arguments(),
             "weight": weight,
+            "addend": None if addend is None else channels_last(addend.to(grad_x.dtype)),
             "grad_x": grad_x,
             "partials": partials,
             "N": problem.n,
@@ -266,6 +284,7 @@ def input_gradient(
         constants={
             **problem_constants(problem),
             **gradients.flags(),
+            "ADD": addend is not None,
             "STEP_H": problem.stride[0] // gcd(problem.stride[0], problem.dilation[0]),
             "STEP_W": problem.stride[1] // gcd(problem.stride[1], problem.dilation[1]),
             **dict(config.constants),

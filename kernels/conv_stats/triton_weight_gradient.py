@@ -41,6 +41,7 @@ def weight_gradient_kernel(
     mean,  # [K] float32, as grad_mean and grad_var
     grad_mean,
     grad_var,
+    factor,  # [K] float32, of grad_y
     x,  # [N, H, W, C]
     scale,  # [C] float32, as center and shift; read where PROLOGUE
     center,
@@ -70,6 +71,7 @@ def weight_gradient_kernel(
     HAS_GRAD_Y: tl.constexpr,
     HAS_GRAD_MEAN: tl.constexpr,
     HAS_GRAD_VAR: tl.constexpr,
+    HAS_FACTOR: tl.constexpr,
     PROLOGUE: tl.constexpr,
     RELU: tl.constexpr,
     POINTWISE: tl.constexpr,
@@ -111,8 +113,8 @@ def weight_gradient_kernel(
     k = block_indices(program // tiles_n, BLOCK_M, False)  # [BLOCK_M]
     live_k = k < K
 
-    m, constant, slope = gradient_vectors(
-        mean, grad_mean, grad_var, k, live_k, inverse_count, HAS_GRAD_MEAN, HAS_GRAD_VAR
+    m, constant, slope, times = gradient_vectors(
+        mean, grad_mean, grad_var, factor, k, live_k, inverse_count, HAS_GRAD_MEAN, HAS_GRAD_VAR, HAS_FACTOR
     )
     if PROLOGUE:
         coefficient = load_channels(scale, c, live_c)[None, :]
@@ -131,9 +133,11 @@ def weight_gradient_kernel(
             m,
             constant,
             slope,
+            times,
             HAS_GRAD_Y,
             HAS_GRAD_MEAN,
             HAS_GRAD_VAR,
+            HAS_FACTOR,
             DTYPE,
         )  # [BLOCK_P, BLOCK_M]
         if POINTWISE:

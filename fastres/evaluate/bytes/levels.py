@@ -78,10 +78,12 @@ class Model:
 
     def conv_stats_backward(
         self, grad_y: Tensor, grad_mean: Any, grad_var: Any, x: Tensor, weight: Tensor, y: Tensor, mean: Any, scale: Any,
-        center: Any, shift: Any, relu: bool, *geometry: Any,
+        center: Any, shift: Any,
+        relu: bool, stride: Any, padding: Any, dilation: Any, groups: int,
+        need_input: bool, need_weight: bool, addend: Any = None, factor: Any = None,
     ) -> list[Pass]:  # fmt: skip
-        vectors = (scale, center, shift)
-        passes = []
+        vectors, geometry = (scale, center, shift), (stride, padding, dilation, groups, need_input, need_weight)
+        passes = [] if addend is None else self.add(addend, addend)
         if not self.level.statistics_gradient:
             passes.append(Pass("BatchNorm backward", named(grad=grad_y, y=y), named(grad_y=y)))
             grad_var = None  # what the convolutions read is complete

@@ -81,9 +81,7 @@ def ledger(
     return found
 
 
-def step_of(
-    network: nn.Module, images: Tensor, dtype: torch.dtype, fused: bool, backend: str = BACKEND
-) -> list[Event]:
+def step_of(network: nn.Module, images: Tensor, dtype: torch.dtype, fused: bool, backend: str = BACKEND) -> list[Event]:
     """The events of one step; under FakeTensorMode. ``fused``: at the levels of a fused network, else L0.
 
     ``backend`` decides what is kept for backward and who adds what; every op has the bytes of its fused kernels.
