@@ -105,6 +105,7 @@ def test_scale_shift_act(residual, relu):
     assert_same("scale_shift_act", "", scale_shift_act.forward, y, *main, *rest, relu)
     arguments = (y.clone(), y, *main, *rest, relu, residual != "none")  # tensors of their own: addresses are counted
     assert_same("scale_shift_act", "backward", scale_shift_act.backward, *arguments)
+    assert_same("scale_shift_act", "masked", scale_shift_act.masked, *arguments[:-1])
 
 
 @pytest.mark.parametrize("residual", [False, True])

@@ -1,5 +1,6 @@
-"""Gradients that meet at a block's input, on Triton's path: the shortcut's is added by the first convolution's kernel. It is
-never lost and never counted twice, whatever part of the graph runs, how often, and under whose hooks."""
+"""Gradients that nodes of a block's graph leave to each other, on Triton's path: the shortcut's is added by the first
+convolution's kernel, and a block's end sends dz where its convolutions scale it. Nothing is lost, counted twice or scaled
+twice, whatever part of the graph runs, how often, and under whose hooks."""
 
 import copy
 
@@ -12,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 import fastres
 from fastres.kernels.common.triton_launch import Launch, executing_with
 from fastres.nn import BasicBlock, Bottleneck
-from fastres.ops import conv_stats, forked_conv_stats, functional
+from fastres.ops import conv_stats, end_conv_stats, forked_conv_stats, functional, scale_shift_act
 
 BLOCKS = {
     "identity": lambda: BasicBlock(8, 8),
@@ -31,13 +32,16 @@ def exact_products():
 
 
 class Counting:
-    """An executor that counts the input gradients that added something."""
+    """An executor that counts the input gradients that added something, and the gradients that scaled dz."""
 
     def __init__(self) -> None:
-        self.added, self.run = 0, interpreter_executor()
+        self.added = self.scaled = self.masked = 0
+        self.run = interpreter_executor()
 
     def __call__(self, launch: Launch) -> None:
         self.added += bool(launch.constants.get("ADD"))
+        self.scaled += bool(launch.constants.get("HAS_FACTOR"))
+        self.masked += bool(launch.constants.get("MASKED"))
         self.run(launch)
 
 
@@ -227,6 +231,62 @@ def test_where_plain_ops_are_used():
         inner = []
         torch.func.grad(lambda w: (inner.append(functional._eager_triton("triton")), w.square().sum())[1])(weight)
         assert functional._eager_triton("triton") and inner == [False]
+
+
+@pytest.mark.parametrize("name, convolutions", [("identity", 1), ("projection", 2), ("padding", 1), ("recomputed", 1)])
+@pytest.mark.parametrize("average", [False, True])
+def test_one_map_for_all_that_scale_it(name, convolutions, average):
+    """Both gradients of every convolution that ends in the block's addition apply its factor, and no other."""
+    block, x = make(name)
+    with executing_with(executor := Counting()), fastres.use_backend("triton"):
+        loss(block(x, average=average)).backward()
+    assert (executor.masked, executor.scaled) == (1, 2 * convolutions)
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_a_step_that_averages(name, monkeypatch):
+    def act(block, x):
+        loss(block(x, average=True)).backward()
+        return gradients(block, x)
+
+    both(name, act, monkeypatch, added=1)
+
+
+def test_a_residual_whose_convolution_takes_no_factor(monkeypatch):
+    """Its own backend may be another one: then dz is scaled here."""
+    found = []
+    for plain in (False, True):
+        block, x = make("projection")
+        with monkeypatch.context() as m, executing_with(executor := Counting()), fastres.use_backend("triton"):
+            if plain:
+                m.setattr(functional, "_eager_triton", lambda backend: False)
+            else:
+                m.setattr(block, "residual", lambda x, b=block: Bottleneck.residual(b, x)._replace(factor=None))
+            loss(block(x)).backward()
+        assert (executor.masked, executor.scaled) == ((0, 0) if plain else (1, 2))
+        found.append(gradients(block, x))
+    for ours, theirs in zip(*found, strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-4 * theirs.abs().max().item())
+
+
+def test_an_end_by_another_backend_sends_what_it_always_sent():
+    """A factor holds only once the end has said so."""
+    torch.manual_seed(0)
+    x, weight = torch.randn(2, 4, 3, 3, requires_grad=True), torch.randn(5, 4, 1, 1, requires_grad=True)
+    vectors = [torch.rand(5) + 0.5 for _ in range(3)]
+    found = []
+    with executing_with(Counting()):
+        for forced, relu in (("reference", True), ("triton", False), ("triton", True)):
+            for joined in (True, False):
+                with fastres.use_backend("triton"):
+                    y, _, _, factor = end_conv_stats(x, weight) if joined else (*conv_stats(x, weight), None)
+                with fastres.use_backend(forced):
+                    out = scale_shift_act(y, *vectors, relu=relu, factors=(factor, None))
+                found.append(torch.autograd.grad(loss(out), [x, weight]))
+                assert factor is None or (factor.vector is not None) == (forced == "triton" and relu)
+    for ours, theirs in zip(found[::2], found[1::2], strict=True):
+        for a, b in zip(ours, theirs, strict=True):
+            assert torch.allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
 def test_copies_of_a_block_are_independent(monkeypatch):

@@ -126,7 +126,8 @@ class ResidualBlock(nn.Module):
         if isinstance(self.downsample, PaddingShortcut):
             return self.downsample(x)
         assert isinstance(self.downsample, nn.Sequential)
-        return self.layer(x, self.downsample[0], self.downsample[1], False, updates=updates)
+        options = {"once": True} if self.fused else {}
+        return self.layer(x, self.downsample[0], self.downsample[1], False, updates=updates, **options)
 
     def begin(self, x: Tensor, conv: nn.Conv2d, bn: nn.BatchNorm2d) -> tuple[Activation, Tensor]:
         """(first layer of the block, the block's input as its shortcut shall take it)."""

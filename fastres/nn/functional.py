@@ -33,6 +33,7 @@ class Pending(NamedTuple):
     center: Tensor
     shift: Tensor
     relu: bool
+    factor: Any = None  # of fastres.ops.end_conv_stats, where y has one reader, the end of a block
 
 
 Activation = Tensor | Pending
@@ -78,6 +79,7 @@ def fused_conv_bn_act(
     residual: Activation | None = None,
     updates: Updates | None = None,
     average: bool = False,
+    once: bool = False,
 ) -> Activation:
     """``act(bn(conv(x)) + residual)`` with whatever the modules hold and in the mode ``bn`` is in.
 
@@ -87,7 +89,7 @@ def fused_conv_bn_act(
             batch and running statistics.
         relu: whether a ReLU follows. residual: tensor or pending activation added before it.
         updates: collects the statistics instead of applying them to the running ones; for code that may run twice.
-        average: give the mean over P and Q instead.
+        average: give the mean over P and Q instead. once: the result is used once, as the residual of a block's end.
 
     Returns:
         A pending activation in training without residual, else a tensor [N, K, P, Q]; with ``average`` a tensor [N, K].
@@ -95,7 +97,7 @@ def fused_conv_bn_act(
     Raises:
         InputError: wrong shapes, dtypes or devices. ValueError: one value per channel in training, as PyTorch.
     """
-    return _layer(x, conv, bn, relu, residual, updates, average)[0]
+    return _layer(x, conv, bn, relu, residual, updates, average, once=once)[0]
 
 
 def forked_conv_bn_act(x: Tensor, conv: nn.Conv2d, bn: BatchNorm, relu: bool) -> tuple[Activation, Tensor]:
@@ -106,7 +108,7 @@ def forked_conv_bn_act(x: Tensor, conv: nn.Conv2d, bn: BatchNorm, relu: bool) ->
 
 def _layer(
     x: Activation, conv: nn.Conv2d, bn: BatchNorm, relu: bool, residual: Activation | None = None,
-    updates: Updates | None = None, average: bool = False, fork: bool = False,
+    updates: Updates | None = None, average: bool = False, fork: bool = False, once: bool = False,
 ) -> tuple[Activation, Any]:  # fmt: skip
     """(the layer's result, with ``fork`` its input)."""
     backends.entering(conv)
@@ -116,8 +118,13 @@ def _layer(
         rest = None if residual is None else materialize(residual)
         out = ops.conv_act(materialize(x), weight, bias, rest, relu=relu, **args)  # type: ignore[arg-type]
         return (averaged(out) if average else out), x
+    factor = None
     if fork:
         y, mean, var, x = ops.forked_conv_stats(x, conv.weight, **args)  # type: ignore[arg-type]
+    elif once or residual is not None:
+        source, given = (x.y, x[1:4]) if isinstance(x, Pending) else (x, ())
+        args["relu"] = isinstance(x, Pending) and x.relu
+        y, mean, var, factor = ops.end_conv_stats(source, conv.weight, *given, **args)  # type: ignore[arg-type]
     elif isinstance(x, Tensor):
         y, mean, var = ops.conv_stats(x, conv.weight, **args)  # type: ignore[arg-type]
     else:
@@ -135,15 +142,15 @@ def _layer(
     elif y.numel():
         update_running(bn, *for_running(stats))
     if residual is None:
-        pending = Pending(y, scale, center, shift, relu)
+        pending = Pending(y, scale, center, shift, relu, factor)
         return (averaged(pending) if average else pending), x
     backends.entering(bn)
     if isinstance(residual, Pending) and residual.relu:
         residual = materialize(residual)
     end = ops.scale_shift_act_mean if average else ops.scale_shift_act
     if isinstance(residual, Tensor):
-        return end(y, scale, center, shift, residual, relu=relu), x
-    return end(y, scale, center, shift, *residual[:4], relu=relu), x
+        return end(y, scale, center, shift, residual, relu=relu, factors=(factor, None)), x
+    return end(y, scale, center, shift, *residual[:4], relu=relu, factors=(factor, residual.factor)), x
 
 
 def plain_conv_bn_act(

@@ -8,7 +8,7 @@ import torch
 from fastres import _library
 
 from . import autograd, deferred, fakes
-from .schemas import HELPERS, LIBRARY, OPS, define_all, op_name
+from .schemas import HELPERS, LIBRARY, MASKED, OPS, define_all, op_name
 
 COMPOSED = ("conv_stats", "conv_act", "scale_shift_act_mean")
 
@@ -37,6 +37,10 @@ def _register() -> None:
             _register_rules(op, backend, tuple(suffix for suffix, _ in schema.extra))
     for name in HELPERS:
         torch.library.register_fake(f"fastres::{name}", getattr(fakes, name), lib=LIBRARY)
+    for op in MASKED:
+        name = op_name(op, "triton", "masked")
+        LIBRARY.impl(name, deferred.triton(op, "masked"), "CompositeExplicitAutograd")
+        torch.library.register_autograd(f"fastres::{name}", autograd.no_double_backward(op), lib=LIBRARY)
 
 
 def _register_rules(op: str, backend: str, extra: tuple[str, ...]) -> None:
@@ -60,6 +64,7 @@ from .functional import (  # noqa: E402  (the functions need the registered tabl
     bn_coefficients,
     conv_act,
     conv_stats,
+    end_conv_stats,
     forked_conv_stats,
     scale_shift_act,
     scale_shift_act_mean,
@@ -70,6 +75,7 @@ __all__ = [
     "bn_coefficients",
     "conv_act",
     "conv_stats",
+    "end_conv_stats",
     "forked_conv_stats",
     "scale_shift_act",
     "scale_shift_act_mean",

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastres.kernels.common.layout import times
+
 from .recipes import saved_form
 from .schemas import overload
 
@@ -75,26 +77,38 @@ class ConvStats:
         return grad_x, grad_weight, grad_scale, None, grad_shift, None, None, None, None, None, None
 
 
-class ForkedConvStats(torch.autograd.Function):
-    """conv_stats that also hands on its input, for whoever else reads it: autograd then brings their gradient here, where the
-    input gradient's kernel adds it, and not to an addition of its own.
+class Factor:
+    """What the gradient that arrives for a convolution's result is to be multiplied by: nothing, until the one reader of that
+    result says in the forward pass that it will send dz and not scale·dz."""
 
-    Inputs: those of ConvStats, and the backend. The last result is a view of x.
+    vector: Tensor | None = None  # [K]
+
+
+class JoinedConvStats(torch.autograd.Function):
+    """conv_stats as a node that takes over what its neighbours would need passes of their own for.
+
+    With ``fork`` it hands on its input, for whoever else reads it: autograd then brings their gradient here, where the input
+    gradient's kernel adds it, and not to an addition of its own. With a factor both gradients' kernels apply it.
+
+    Inputs: those of ConvStats, backend, fork, factor. Results: those of conv_stats, and with ``fork`` a view of x.
     """
 
     @staticmethod
     def forward(*inputs):
-        *arguments, backend = inputs
-        return *overload("conv_stats", backend)(*arguments), arguments[0].view_as(arguments[0])
+        *arguments, backend, fork, _ = inputs
+        x = arguments[0]
+        return *overload("conv_stats", backend)(*arguments), x.view_as(x) if fork else None
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        *arguments, ctx.backend = inputs
+        *arguments, ctx.backend, _, ctx.factor = inputs
         ConvStats.setup_context(ctx, arguments, output[:3])
 
     @staticmethod
     def backward(ctx, grad_y, grad_mean, grad_var, addend):
-        return *ConvStats.backward(ctx.backend, ctx, grad_y, grad_mean, grad_var, addend), None
+        factor = None if ctx.factor is None else ctx.factor.vector
+        grads = ConvStats.backward(ctx.backend, ctx, grad_y, grad_mean, grad_var, addend, factor)
+        return *grads, None, None, None
 
 
 class ScaleShiftAct:
@@ -142,6 +156,40 @@ class ScaleShiftActMean(ScaleShiftAct):
     @staticmethod
     def residual_gradient(grad: Tensor, y: Tensor) -> Tensor:
         return (grad / max(y.shape[2] * y.shape[3], 1))[:, :, None, None].expand(y.shape)
+
+
+class JoinedPoint(torch.autograd.Function):
+    """scale_shift_act or scale_shift_act_mean with a ReLU, whose backward writes one map, dz, where y and the residual take
+    multiples of it. The convolutions that made them apply the factors: see :class:`Factor`.
+
+    Inputs: those of ScaleShiftAct, the op, the factors of y and of the residual (None where its maker takes none).
+    """
+
+    @staticmethod
+    def forward(*inputs):
+        *arguments, op, _, _ = inputs
+        return overload(op, "triton")(*arguments)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        *arguments, ctx.op, _, res_factor = inputs
+        ctx.res_is_factored = res_factor is not None
+        ScaleShiftAct.setup_context(ctx, arguments, output)
+
+    @staticmethod
+    def backward(ctx, grad):
+        if grad is None:
+            return (None,) * 12
+        residual, y, scale, center, shift, res_scale, res_center, res_shift = _saved(ctx)
+        needs = ctx.needs_input_grad
+        dz, g_scale, g_shift, g_rscale, g_rshift = overload(ctx.op, "triton", "masked")(
+            grad, y, scale, center, shift, residual, res_scale, res_center, res_shift, ctx.relu
+        )
+        g_res = times(dz, None if ctx.res_is_factored else res_scale) if needs[4] else None
+        return (
+            _or_none(dz, needs[0]), _or_none(g_scale, needs[1]), None, _or_none(g_shift, needs[3]),
+            g_res, _or_none(g_rscale, needs[5]), None, _or_none(g_rshift, needs[7]), None, None, None, None,
+        )  # fmt: skip
 
 
 class ScaleShiftActPool:

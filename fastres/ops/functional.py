@@ -12,13 +12,14 @@ from fastres.errors import InputError
 from fastres.kernels.bn_coefficients.reference import forward as bn_coefficients
 
 from . import recipes
-from .autograd import ForkedConvStats
+from .autograd import Factor, JoinedConvStats, JoinedPoint
 from .schemas import overload
 
 __all__ = [
     "bn_coefficients",
     "conv_act",
     "conv_stats",
+    "end_conv_stats",
     "forked_conv_stats",
     "scale_shift_act",
     "scale_shift_act_mean",
@@ -157,8 +158,49 @@ def forked_conv_stats(
     arguments, backend = _conv_stats(x, weight, (None,) * 3, False, stride, padding, dilation, groups, True)
     if not (_eager_triton(backend) and x.requires_grad and arguments[0] is x):
         return *overload("conv_stats", backend)(*arguments), x
-    y, mean, var, view = ForkedConvStats.apply(*arguments, backend)
+    y, mean, var, view = JoinedConvStats.apply(*arguments, backend, True, None)
     return y, mean, var, recipes.hand_on(x, view)
+
+
+def end_conv_stats(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None = None,
+    center: Tensor | None = None,
+    shift: Tensor | None = None,
+    *,
+    relu: bool = False,
+    stride: Size2 = 1,
+    padding: Size2 = 0,
+    dilation: Size2 = 1,
+    groups: int = 1,
+) -> tuple[Tensor, Tensor, Tensor, Factor | None]:
+    """:func:`conv_stats` whose result goes to one reader, the end of a block. With the factor, if there is one, that reader may
+    send back dz for scale·dz: see ``factors`` in :func:`scale_shift_act`."""
+    arguments, backend = _conv_stats(x, weight, (scale, center, shift), relu, stride, padding, dilation, groups, True)
+    if not _eager_triton(backend):
+        return *overload("conv_stats", backend)(*arguments), None
+    factor = Factor()
+    y, mean, var, _ = JoinedConvStats.apply(*arguments, backend, False, factor)
+    return y, mean, var, factor
+
+
+Factors = tuple[Factor | None, Factor | None]
+
+
+def _joined_point(op: str, backend: str, arguments: tuple[Any, ...], relu: bool, factors: Factors) -> Tensor | None:
+    """The op as a node that sends back dz, if its ``y`` comes from a convolution that applies the factor."""
+    of_y, of_residual = factors
+    if of_y is None or not relu or not _eager_triton(backend):
+        return None
+    _, scale, _, _, _, res_scale, *_ = arguments
+    if res_scale is None:
+        of_residual = None
+    out = JoinedPoint.apply(*arguments, relu, op, of_y, of_residual)
+    of_y.vector = scale.detach()
+    if of_residual is not None:
+        of_residual.vector = res_scale.detach()
+    return out
 
 
 def _checked_point(
@@ -193,6 +235,7 @@ def scale_shift_act(
     res_shift: Tensor | None = None,
     *,
     relu: bool = True,
+    factors: Factors = (None, None),
 ) -> Tensor:
     """``act(scale·(y − center) + shift + r)``: the end of a residual block.
 
@@ -200,6 +243,8 @@ def scale_shift_act(
         y: [N, C, H, W]. scale, center, shift: [C].
         residual: [N, C, H, W] or None; r is the residual itself, or ``res_scale·(residual − res_center) + res_shift``
             when its own coefficients ([C] each) are given, as for a projection shortcut.
+        factors: what :func:`end_conv_stats` gave with ``y`` and with the residual. Nothing else may read such a tensor: its
+            gradient is right only together with its factor.
 
     Returns:
         [N, C, H, W] in the dtype and memory format of ``y``; computed in float32 or wider and rounded once.
@@ -212,6 +257,9 @@ def scale_shift_act(
     )
     backend = backends.select("scale_shift_act", y).backend
     args = (y, scale, center, shift, residual, res_scale, res_center, res_shift)
+    joined = _joined_point("scale_shift_act", backend, args, relu, factors)
+    if joined is not None:
+        return joined
     forward = overload("scale_shift_act", backend)
     out = forward(*args, relu)
     if res_scale is None:
@@ -235,6 +283,7 @@ def scale_shift_act_mean(
     res_shift: Tensor | None = None,
     *,
     relu: bool = True,
+    factors: Factors = (None, None),
 ) -> Tensor:
     """The mean over H and W of :func:`scale_shift_act`: a network's last block and its global average pool.
 
@@ -251,7 +300,9 @@ def scale_shift_act_mean(
     y, residual = _checked_point(op, y, main, residual, other)
     if not y.shape[2] or not y.shape[3]:
         raise InputError(f"{op}: the map {list(y.shape)} has no positions to average")
-    return overload(op, backends.select(op, y).backend)(y, *main, residual, *other, relu)
+    backend = backends.select(op, y).backend
+    joined = _joined_point(op, backend, (y, *main, residual, *other), relu, factors)
+    return overload(op, backend)(y, *main, residual, *other, relu) if joined is None else joined
 
 
 def scale_shift_act_pool(

@@ -17,6 +17,12 @@ _POINT_BACKWARD = (
     f"(Tensor grad, {_POINT}, bool need_residual) -> (Tensor grad_y, Tensor grad_scale, Tensor grad_shift,"
     " Tensor grad_residual, Tensor grad_res_scale, Tensor grad_res_shift)"
 )
+# dz alone, of which the gradients of y and of the residual are multiples
+_MASKED = (
+    f"(Tensor grad, {_POINT}) -> (Tensor dz, Tensor grad_scale, Tensor grad_shift, Tensor grad_res_scale,"
+    " Tensor grad_res_shift)"
+)
+MASKED = ("scale_shift_act", "scale_shift_act_mean")
 _CONV = "int[2] stride, int[2] padding, int[2] dilation, int groups"
 _POOL = "bool relu, int kernel, int stride, int padding"
 _GRADIENT = (
@@ -70,7 +76,7 @@ OPS: dict[str, OpSchema] = {
     ),
 }
 
-# Native passes that serve the library backend around its convolutions; no autograd of their own.
+# Passes without autograd of their own: native ones that serve the library backend around its convolutions, Triton's of MASKED.
 HELPERS: dict[str, str] = {
     # writes grad_y over grad
     "scale_shift_act_backward_native_": f"(Tensor(a!) grad, Tensor y, {_COEFFICIENTS.format('')}, bool relu)"
@@ -83,6 +89,7 @@ HELPERS: dict[str, str] = {
     # conv_act_native by the kernel of that name, for tests and tuning
     "conv_kernel_native": "(str kernel, Tensor x, Tensor weight, Tensor? bias, Tensor? residual, bool relu,"
     f" {_CONV}) -> Tensor",
+    **{f"{op}_masked_triton": _MASKED for op in MASKED},
     "channel_stats_native": "(Tensor y) -> (Tensor mean, Tensor var)",
     "channel_stats_backward_native": "(Tensor? grad_y, Tensor y, Tensor mean, Tensor? grad_mean, Tensor? grad_var)"
     " -> Tensor",

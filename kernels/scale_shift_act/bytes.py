@@ -16,3 +16,9 @@ def backward(
     return [
         Pass("scale_shift_act_backward", reads, named(grad_y=y, grad_residual=residual if own or passed_on else None))
     ]
+
+
+def masked(grad, y, scale, center, shift, residual, res_scale, res_center, res_shift, relu: bool) -> list[Pass]:
+    """The backward that writes dz alone, which whoever reads it scales."""
+    reads = named(grad=grad, y=y, residual=residual if relu or res_scale is not None else None)
+    return [Pass("scale_shift_act_backward", reads, named(grad_y=y))]

@@ -1,5 +1,7 @@
 """scale_shift_act by Triton: allocates results in channels_last and launches the kernels of triton_kernel.py."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -42,6 +44,15 @@ def backward(
     return run_backward(
         problem, channels_last(grad), y, scale, center, shift, residual, res_scale, res_center, res_shift
     )
+
+
+def masked(grad, y, scale, center, shift, residual, res_scale, res_center, res_shift, relu: bool) -> tuple[Tensor, ...]:
+    """(dz, grad_scale, grad_shift, grad_res_scale, grad_res_shift): the backward of those who scale dz themselves."""
+    problem = replace(PointProblem.of(y, residual, res_scale, relu), keep_residual=False, masked=True)
+    dz, on_scale, on_shift, _, *others = run_backward(
+        problem, channels_last(grad), y, scale, center, shift, residual, res_scale, res_center, res_shift
+    )
+    return dz, on_scale, on_shift, *others
 
 
 def run_backward(

@@ -38,6 +38,7 @@ class PointProblem:
     relu: bool = True
     mean: bool = False  # whether the gradient is that of the images' means, [N, C]
     keep_residual: bool = False  # whether its gradient is written
+    masked: bool = False  # whether dz is written for all gradients that are multiples of it
 
     @classmethod
     def of(
@@ -144,12 +145,15 @@ def backward_kernel(
     RESIDUAL: tl.constexpr,
     RELU: tl.constexpr,
     KEEP_RESIDUAL: tl.constexpr,
+    MASKED: tl.constexpr,
     MEAN: tl.constexpr,
     INT64: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     """dz = grad where the pre-activation is positive; grad_y = scale·dz, grad_residual = [res_scale·]dz, and the sums.
+
+    With MASKED grad_y is dz itself, which stands for both.
 
     A program owns BLOCK_C channels of ``steps`` tiles below each other. Sums are kept for each element of the tile and added up
     at the end. Reads 2·M·C elements (3·M·C with a residual; M·C less with MEAN) and writes M·C (2·M·C with KEEP_RESIDUAL).
@@ -182,7 +186,10 @@ def backward_kernel(
             if RESIDUAL == 2:
                 z = add_residual(z, r, ra, rmid, rb, 2)
             dz = tl.where(z > 0.0, dz, 0.0)
-        tl.store(grad_y + at, (a * dz).to(grad_y.dtype.element_ty), mask=mask)
+        to_y = dz
+        if not MASKED:
+            to_y = a * dz
+        tl.store(grad_y + at, to_y.to(grad_y.dtype.element_ty), mask=mask)
         dot += dz * (value.to(tl.float32) - mid)
         total += dz
         if RESIDUAL == 2:
@@ -234,6 +241,7 @@ def backward_launch(
         "image": problem.image, "inverse": 1.0 / max(problem.image, 1),
     }  # fmt: skip
     constants = {
-        **problem.constants, **tiles.constants, "KEEP_RESIDUAL": problem.keep_residual, "MEAN": problem.mean,
+        **problem.constants, **tiles.constants, "KEEP_RESIDUAL": problem.keep_residual, "MASKED": problem.masked,
+        "MEAN": problem.mean,
     }  # fmt: skip
     return Launch(backward_kernel, tiles.grid, arguments, constants, config.num_warps, config.num_stages), sums

@@ -1,5 +1,7 @@
 """scale_shift_act_mean by Triton: allocates results and launches triton_kernel.py, and backward scale_shift_act's kernel."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -23,3 +25,12 @@ def backward(
 ) -> tuple[Tensor, ...]:
     problem = PointProblem.of(y, residual, res_scale, relu, mean=True, keep=need_residual and relu)
     return run_backward(problem, grad.contiguous(), y, scale, center, shift, residual, res_scale, res_center, res_shift)
+
+
+def masked(grad, y, scale, center, shift, residual, res_scale, res_center, res_shift, relu: bool) -> tuple[Tensor, ...]:
+    """As :func:`fastres.kernels.scale_shift_act.triton_backend.masked`, from the gradient of the means."""
+    problem = replace(PointProblem.of(y, residual, res_scale, relu, mean=True), keep_residual=False, masked=True)
+    dz, on_scale, on_shift, _, *others = run_backward(
+        problem, grad.contiguous(), y, scale, center, shift, residual, res_scale, res_center, res_shift
+    )
+    return dz, on_scale, on_shift, *others

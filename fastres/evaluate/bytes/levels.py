@@ -63,7 +63,7 @@ class Model:
     def passes(self, name: str, suffix: str, arguments: Sequence[Any], result: Any, in_backward: bool) -> list[Pass]:
         """``name``, ``suffix``: of an op of fastres ("backward" or ""), or of an ATen operation ("")."""
         formula: Callable[..., list[Pass]] | None = getattr(self, f"{name}_{suffix}" if suffix else name, None)
-        if in_backward and name.startswith("scale_shift_act") and suffix != "backward":
+        if in_backward and name.startswith("scale_shift_act") and suffix not in ("backward", "masked"):
             return []  # rebuilds an activation that these levels keep
         return formula(*arguments) if formula is not None else eager.of(name, arguments, result)
 
@@ -106,6 +106,8 @@ class Model:
         # Whoever needs the masked gradient reads grad and the mask: both gradients of the convolutions, and the sum of a fork.
         readers = 2 * (1 if both is None else 2) + (1 if residual is not None and both is None else 0)
         return [Pass("sums", reads), Pass("mask of the consumers", {"mask": readers * _mask(y)})]
+
+    scale_shift_act_masked = scale_shift_act_backward
 
     def scale_shift_act_mean(self, y: Tensor, *rest: Any) -> list[Pass]:
         """At these levels the last block's end and the pool behind it are kernels of their own."""
