@@ -198,8 +198,8 @@ def problem_of(shape: Shape, dtype: torch.dtype, prologue=True, precision="ieee"
     return ConvProblem(n, c, h, w, k, r, s, *conv, dtype, prologue, prologue, precision=precision)
 
 
-def launches_of(problem: ConvProblem, device="meta") -> list[Launch]:
-    """The launches of a backward pass over tensors without memory."""
+def launches_of(problem: ConvProblem, device="meta", further: bool = False) -> list[Launch]:
+    """The launches of a backward pass over tensors without memory; ``further``: with an addend and a factor."""
 
     def map_(size: tuple[int, ...]) -> Tensor:
         return torch.empty(size, dtype=problem.dtype, device=device, memory_format=torch.channels_last)
@@ -214,6 +214,7 @@ def launches_of(problem: ConvProblem, device="meta") -> list[Launch]:
         triton_gradients.backward(
             y, *statistics[:2], map_(problem.x_shape), map_(problem.w_shape), y, statistics[2], *vectors,
             problem.relu, problem.stride, problem.padding, problem.dilation, 1, True, True,
+            *((map_(problem.x_shape), vector(problem.k)) if further else ()),
         )  # fmt: skip
     return found
 
@@ -318,7 +319,7 @@ def test_kernels_compile_with_tensor_cores_and_async_copies(arch: int):
     problem = problem_of(Shape(8, 64, 28, 28, 128, 3, 3, (2, 2), (1, 1)), torch.bfloat16)
     product = {80: "mma.sync", 86: "mma.sync", 89: "mma.sync", 90: "wgmma", 100: "tcgen05.mma", 120: "mma.sync"}[arch]
     limit = {80: 163, 90: 227, 100: 227}.get(arch, 99) * 1024
-    for launch in launches_of(problem):
+    for launch in (*launches_of(problem), *launches_of(problem, further=True)):
         compiled = compile_launch(launch, arch)
         assert compiled.metadata.shared <= limit
         if "gradient" in launch.name:

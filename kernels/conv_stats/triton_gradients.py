@@ -28,7 +28,7 @@ def backward(
     grad_w = weight_gradient(problem, gradients, prologue, weight) if need_weight else absent(x)
     if not need_input:
         return absent(x), grad_w, absent(x), absent(x)
-    grad_x, grad_scale, grad_shift = input_gradient(problem, gradients, channels_last(weight), prologue, addend)
+    grad_x, grad_scale, grad_shift = input_gradient(problem, gradients, channels_last(weight), prologue, addend=addend)
     grad_x = grad_x.contiguous(memory_format=memory_format_of(x))
     if grad_scale is None or grad_shift is None:
         return grad_x, grad_w, absent(x), absent(x)

@@ -252,8 +252,8 @@ def input_gradient(
     gradients: Gradients,
     weight: Tensor,
     prologue: Prologue,
-    addend: Tensor | None = None,
     config: Config | None = None,
+    addend: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """(grad_x [N, C, H, W] in channels_last, grad_scale [C], grad_shift [C]); the vectors None without a prologue.
 
