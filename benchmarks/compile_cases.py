@@ -17,6 +17,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))  # emulation/compiling.py
 
+from fastres.kernels.common.triton_choice import offered
 from fastres.kernels.common.triton_conv import ConvProblem
 from fastres.kernels.common.triton_launch import Launch, executing_with
 
@@ -80,11 +81,12 @@ def cases(arch: int, defaults: bool = False) -> Iterator[Case]:
                 yield case
 
 
-def _each(problem: str, sixteen: bool, configs: Any, run: Callable[[Any], Any]) -> Iterator[Case]:
+def _each(problem: str, sixteen: bool, arch: int, configs: Any, run: Callable[[Any], Any]) -> Iterator[Case]:
     """The launches of every configuration: that of the main kernel, and once those of its helpers."""
     for number, config in enumerate(configs):
         main, *helpers = captured(lambda config=config: run(config))  # type: ignore[misc]
-        yield Case(main.name, problem, str(config), main, number == 0, sixteen)
+        untuned = offered(main.name, configs, divmod(arch, 10), sixteen)[0]
+        yield Case(main.name, problem, str(config), main, config == untuned, sixteen)
         for helper in helpers:
             yield Case(helper.name, "", _small(helper), helper, number == 0, False)
 
@@ -110,18 +112,22 @@ def _convolutions(dtype: str, arch: int) -> Iterator[Case]:
         yield from _each(
             label,
             sixteen,
+            arch,
             configs,
             lambda config: triton_run.convolution(problem, x, weight, vectors, config=config),  # noqa: B023
         )
         one = meta(k, dtype=torch.float32)
-        gradients, before = Gradients.of(y, one, one, y, one), Prologue.of(x, *vectors)
+        # as in a bottleneck: its first convolution adds the shortcut's gradient, its last one scales what the block's end sends
+        addend = None if prologue or r > 1 else x
+        factor = one if name == "1x1 prologue" else None
+        gradients, before = Gradients.of(y, one, one, y, one, factor), Prologue.of(x, *vectors)
         if c > 3:  # images have no gradient
             yield from _each(
-                label, sixteen, triton_input_gradient.configurations(problem),
-                lambda config: triton_input_gradient.input_gradient(problem, gradients, weight, before, config),  # noqa: B023
+                label, sixteen, arch, triton_input_gradient.configurations(problem),
+                lambda config: triton_input_gradient.input_gradient(problem, gradients, weight, before, config, addend),  # noqa: B023
             )  # fmt: skip
         yield from _each(
-            label, sixteen, triton_weight_gradient.configurations(problem),
+            label, sixteen, arch, triton_weight_gradient.configurations(problem),
             lambda config: triton_weight_gradient.weight_gradient(problem, gradients, before, weight, config),  # noqa: B023
         )  # fmt: skip
 

@@ -11,4 +11,10 @@ REJECTED: dict[tuple[str, str, int], tuple[str, ...]] = {
     ("conv_forward", "16 bits", 89): (
         "BLOCK_K=32,BLOCK_M=64,BLOCK_N=128,GROUP_M=8,PATCH_H=0,PATCH_W=0,TMA=0,warps=4,stages=3",  # spills (16 bytes of stack)
     ),
+    ("weight_gradient_kernel", "16 bits", 86): (
+        "BLOCK_M=64,BLOCK_N=64,BLOCK_P=64,warps=4,stages=3",  # spills (8 bytes of stack)
+    ),
+    ("weight_gradient_kernel", "16 bits", 89): (
+        "BLOCK_M=64,BLOCK_N=64,BLOCK_P=64,warps=4,stages=3",  # spills (8 bytes of stack)
+    ),
 }
