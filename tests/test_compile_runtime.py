@@ -331,3 +331,12 @@ def test_compiled_and_exported_graphs_hold_the_operators(runs):
     assert sum("conv_act" in str(n.target) for n in exported.graph.nodes) == 19
     torch.testing.assert_close(torch.compile(model, backend="eager", fullgraph=True)(x), exported.module()(x))
     assert runs == []
+
+
+def test_the_plan_that_was_only_compared_leaves_no_weights():
+    model, x = fastres.resnet18().eval(), torch.randn(8, 3, 64, 64)
+    compiled = fastres.compile(model, x)
+    assert list(compiled.memory()["plans"]) == [(8, 3, 64, 64)]
+    assert compiled.memory()["weights"] == sum(step["weight_bytes"] for step in compiled.steps())
+    asked = fastres.compile(model, x[:2])
+    assert list(asked.memory()["plans"]) == [(2, 3, 64, 64)]

@@ -69,6 +69,7 @@ class State:
         self.outputs: dict[tuple[int, ...], tuple[int, ...]] = {}
         self.plans: OrderedDict[tuple[int, ...], Built] = OrderedDict()
         self.layers: dict[Any, Layer] = {}
+        self.trial: tuple[int, ...] | None = None  # the plan that was only made for comparing
         self.structure: Structure
         self.values: Values
 
@@ -90,6 +91,7 @@ class State:
         except BaseException:
             del self.graphs[size]
             raise
+        self.trial = (len(sample), *size)
         leaves = (
             leaf
             for g in self.graphs.values()
@@ -118,9 +120,17 @@ class State:
             built = Builder(graph, shape[0], self.plan_dtype, self.options, self.layers).build()
             self.outputs[shape[1:]] = built.output
             self.plans[shape] = built
-            while len(self.plans) > _MOST_PLANS:
-                self.plans.popitem(last=False)
+            trial = self.trial
+            surplus = [trial] if trial is not None and trial in self.plans and trial != shape else []
+            for _ in range(len(self.plans) - len(surplus) - _MOST_PLANS):
+                surplus.append(next(key for key in self.plans if key not in surplus))
+            for key in surplus:
+                del self.plans[key]
+            if surplus:
                 self._drop_unused_weights()
+            self.trial = None
+        elif shape == self.trial:
+            self.trial = None
         self.plans.move_to_end(shape)
         return self.plans[shape]
 
