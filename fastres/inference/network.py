@@ -120,14 +120,11 @@ class State:
             built = Builder(graph, shape[0], self.plan_dtype, self.options, self.layers).build()
             self.outputs[shape[1:]] = built.output
             self.plans[shape] = built
-            trial = self.trial
-            surplus = [trial] if trial is not None and trial in self.plans and trial != shape else []
-            for _ in range(len(self.plans) - len(surplus) - _MOST_PLANS):
-                surplus.append(next(key for key in self.plans if key not in surplus))
-            for key in surplus:
-                del self.plans[key]
-            if surplus:
-                self._drop_unused_weights()
+            if self.trial is not None:
+                self.plans.pop(self.trial, None)
+            while len(self.plans) > _MOST_PLANS:
+                self.plans.popitem(last=False)
+            self._drop_unused_weights()
             self.trial = None
         elif shape == self.trial:
             self.trial = None
