@@ -1,4 +1,4 @@
-// What the tensor side (scale_shift_act.cpp, compiled by the C++ compiler) may call of the CUDA side (compiled by nvcc).
+// What the tensor side (*.cpp, compiled by the C++ compiler) may call of the CUDA side (compiled by nvcc).
 #pragma once
 
 #include "../../kernels/scale_shift_act/cuda_problem.h"
@@ -6,7 +6,8 @@
 namespace fastres::cuda {
 
 // Queue the kernels on the stream (cudaStream_t) of that device. The result is null, or CUDA's words for what went wrong.
-const char* scale_shift_act(const Problem& problem, int device, void* stream);
-const char* scale_shift_act_backward(const Problem& problem, int device, void* stream);
+const char* scale_shift_act(const PointProblem& problem, int device, void* stream);
+const char* scale_shift_act_backward(const PointProblem& problem, int device, void* stream);
+const char* scale_shift_act_masked(const PointProblem& problem, int device, void* stream);
 
 }  // namespace fastres::cuda

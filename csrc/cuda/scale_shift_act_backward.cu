@@ -1,2 +1,12 @@
-#define FASTRES_BACKWARD
-#include "scale_shift_act.cu"
+#include "launch_kernel.cuh"
+//
+#include "../../kernels/scale_shift_act/cuda_kernel.cuh"
+#include "launch.h"
+
+namespace fastres::cuda {
+
+const char* scale_shift_act_backward(const PointProblem& problem, int device, void* stream) {
+  return with_errors(device, [&] { launch<Pass::backward>(problem, stream); });
+}
+
+}  // namespace fastres::cuda

@@ -3,59 +3,29 @@
 //
 //   z = scale*(y - center) + shift + R,   out = relu(z) or z;   R = nothing | residual | res_scale*(residual - res_center) + res_shift
 //
-// Bytes, for E elements of s bytes: forward 2Es (3Es with a residual), backward 3Es (5Es), plus the partial sums: S*C floats for each of
-// the `parts` that a part of the rows gets, written and read once.
+// Backward: dz = grad where z > 0, grad_y = scale*dz, grad_R = [res_scale*]dz, and the sums of dz, of dz*(y-center) and of
+// dz*(residual-res_center). The masked pass writes dz alone, for readers who scale it themselves.
 //
-// Work: channels_last is a matrix [R = N*H*W, C]. A block is kThreads threads: `across` threads side by side, each holding V neighbouring
-// channels and their coefficients in registers, and kThreads/across rows below each other; a thread goes down its column. Contiguous
-// forward is one long vector of planes; contiguous backward gives every warp one piece of one plane.
-// The sums: per thread in float, over the block's rows through shared memory, over the parts by a second kernel in double. No atomics, and
-// the cut depends on the shape only: the same bits on every run and every device.
+// Bytes, for E elements of s bytes: forward 2Es (3Es with a residual), backward 3Es (5Es), masked 3Es (4Es), plus the partial sums: S*C
+// floats for each of the `parts` that a part of the rows gets, written and read once.
+//
+// Work: channels_last is a matrix [R = N*H*W, C]. A block is kPointThreads threads: `across` threads side by side, each holding V
+// neighbouring channels and their coefficients in registers, and kPointThreads/across rows below each other; a thread goes down its column.
+// Contiguous forward is one long vector of planes; contiguous backward gives every warp one piece of one plane. The sums: per thread in
+// float, over the block's rows through shared memory, over the parts by a second kernel in double. No atomics, and the cut depends on the
+// shape only: the same bits on every run and every device.
 #pragma once
 
+#include "../common/cuda_device.cuh"
 #include "cuda_problem.h"
 
 namespace fastres::cuda {
-
-struct Half {
-  uint16_t bits;
-};
-struct BFloat {
-  uint16_t bits;
-};
-
-__device__ inline float to_float(float x) { return x; }
-__device__ inline float to_float(BFloat x) { return __uint_as_float(static_cast<uint32_t>(x.bits) << 16); }
-__device__ inline float to_float(Half x) { return __half2float(__ushort_as_half(x.bits)); }
-__device__ inline void from_float(float x, float* out) { *out = x; }
-__device__ inline void from_float(float x, Half* out) { out->bits = __half_as_ushort(__float2half_rn(x)); }
-__device__ inline void from_float(float x, BFloat* out) {  // to nearest even; NaN stays NaN
-  const uint32_t bits = __float_as_uint(x);
-  out->bits = static_cast<uint16_t>((x != x ? (bits | 0x400000u) : bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
-}
-
-// V neighbours in memory, moved as one access of up to 16 bytes.
-template <class T, int V>
-struct alignas(sizeof(T) * V) Pack {
-  T x[V];
-};
-template <int V, class T>
-__device__ inline void load(const T* p, float (&out)[V]) {
-  const Pack<T, V> pack = *reinterpret_cast<const Pack<T, V>*>(p);
-  for (int v = 0; v < V; ++v) out[v] = to_float(pack.x[v]);
-}
-template <int V, class T>
-__device__ inline void store(T* p, const float (&x)[V]) {
-  Pack<T, V> pack;
-  for (int v = 0; v < V; ++v) from_float(x[v], &pack.x[v]);
-  *reinterpret_cast<Pack<T, V>*>(p) = pack;
-}
 
 // Coefficients of V lanes: V neighbouring channels, or one channel in every lane.
 template <int V>
 struct Coefficients {
   float scale[V], center[V], shift[V];
-  __device__ inline void read(const Affine& a, int64_t channel, bool same) {
+  FASTRES_DEVICE void read(const Affine& a, int64_t channel, bool same) {
     for (int v = 0; v < V; ++v) {
       const int64_t c = channel + (same ? 0 : v);
       scale[v] = a.scale[c];
@@ -64,11 +34,11 @@ struct Coefficients {
     }
   }
   // fmaf in forward and backward alike: both must see the same bits, or their ReLU masks disagree.
-  __device__ inline float operator()(float x, int v) const { return fmaf(scale[v], x - center[v], shift[v]); }
+  FASTRES_DEVICE float operator()(float x, int v) const { return fmaf(scale[v], x - center[v], shift[v]); }
 };
 
 template <Residual K, int V>
-__device__ inline float pre_activation(const Coefficients<V>& main, const Coefficients<V>& res, float y, float residual, int v) {
+FASTRES_DEVICE float pre_activation(const Coefficients<V>& main, const Coefficients<V>& res, float y, float residual, int v) {
   float z = main(y, v);
   if constexpr (K == Residual::plain) z += residual;
   if constexpr (K == Residual::affine) z += res(residual, v);
@@ -76,7 +46,7 @@ __device__ inline float pre_activation(const Coefficients<V>& main, const Coeffi
 }
 
 template <class T, int V, Residual K>
-__device__ inline void forward_at(const Problem& p, const Coefficients<V>& main, const Coefficients<V>& res, int64_t at) {
+FASTRES_DEVICE void forward_at(const PointProblem& p, const Coefficients<V>& main, const Coefficients<V>& res, int64_t at) {
   float y[V], r[V] = {}, out[V];
   load(static_cast<const T*>(p.y) + at, y);
   if constexpr (K != Residual::none) load(static_cast<const T*>(p.residual) + at, r);
@@ -89,8 +59,8 @@ __device__ inline void forward_at(const Problem& p, const Coefficients<V>& main,
 
 // channels_last. Grid: (columns of `across` vectors, parts of the rows).
 template <class T, int V, Residual K>
-__global__ void __launch_bounds__(kThreads, kBlocks) forward_rows(Problem p, int across) {
-  const int64_t rows = p.images * p.plane, column = threadIdx.x % across, down = kThreads / across;
+__global__ void __launch_bounds__(kPointThreads, kPointBlocks) forward_rows(PointProblem p, int across) {
+  const int64_t rows = p.images * p.plane, column = threadIdx.x % across, down = kPointThreads / across;
   const int64_t channel = (static_cast<int64_t>(blockIdx.x) * across + column) * V;
   if (channel >= p.channels) return;
   Coefficients<V> main, res{};
@@ -103,9 +73,9 @@ __global__ void __launch_bounds__(kThreads, kBlocks) forward_rows(Problem p, int
 
 // Contiguous. Grid-stride over vectors; V divides H*W, so a vector has one channel.
 template <class T, int V, Residual K>
-__global__ void __launch_bounds__(kThreads, kBlocks) forward_planes(Problem p, int) {
-  const int64_t total = p.images * p.channels * p.plane, step = static_cast<int64_t>(gridDim.x) * kThreads * V;
-  for (int64_t at = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) * V; at < total; at += step) {
+__global__ void __launch_bounds__(kPointThreads, kPointBlocks) forward_planes(PointProblem p, int) {
+  const int64_t total = p.images * p.channels * p.plane, step = static_cast<int64_t>(gridDim.x) * kPointThreads * V;
+  for (int64_t at = (static_cast<int64_t>(blockIdx.x) * kPointThreads + threadIdx.x) * V; at < total; at += step) {
     Coefficients<V> main, res{};
     const int64_t channel = at / p.plane % p.channels;
     main.read(p.main, channel, true);
@@ -117,9 +87,9 @@ __global__ void __launch_bounds__(kThreads, kBlocks) forward_planes(Problem p, i
 template <Residual K>
 constexpr int kSums = K == Residual::affine ? 3 : 2;
 
-template <class T, int V, Residual K>
-__device__ inline void backward_at(const Problem& p, const Coefficients<V>& main, const Coefficients<V>& res, int64_t at,
-                                   float (&sum)[kSums<K>][V]) {
+template <class T, int V, Residual K, bool Masked>
+FASTRES_DEVICE void backward_at(const PointProblem& p, const Coefficients<V>& main, const Coefficients<V>& res, int64_t at,
+                                float (&sum)[kSums<K>][V]) {
   float y[V], g[V], r[V] = {}, out[V], out_r[V];
   load(static_cast<const T*>(p.y) + at, y);
   load(static_cast<const T*>(p.grad) + at, g);
@@ -130,20 +100,22 @@ __device__ inline void backward_at(const Problem& p, const Coefficients<V>& main
     sum[0][v] = fmaf(dz, y[v] - main.center[v], sum[0][v]);
     sum[1][v] += dz;
     if constexpr (K == Residual::affine) sum[2][v] = fmaf(dz, r[v] - res.center[v], sum[2][v]);
-    out[v] = main.scale[v] * dz;
+    out[v] = Masked ? dz : main.scale[v] * dz;
     out_r[v] = K == Residual::affine ? res.scale[v] * dz : dz;
   }
   store(static_cast<T*>(p.grad_y) + at, out);
-  if (K != Residual::none && p.grad_residual != nullptr) store(static_cast<T*>(p.grad_residual) + at, out_r);
+  if constexpr (K != Residual::none && !Masked) {
+    if (p.grad_residual != nullptr) store(static_cast<T*>(p.grad_residual) + at, out_r);
+  }
 }
 
 // channels_last, first stage: partial[blockIdx.y] for the block's channels.
-template <class T, int V, Residual K>
-__global__ void __launch_bounds__(kThreads, kBlocks) backward_rows(Problem p, int across) {
+template <class T, int V, Residual K, bool Masked>
+__global__ void __launch_bounds__(kPointThreads, kPointBlocks) backward_rows(PointProblem p, int across) {
   constexpr int S = kSums<K>;
-  __shared__ float shared[S][V][kThreads];
+  __shared__ float shared[S][V][kPointThreads];
   const int64_t rows = p.images * p.plane;
-  const int column = threadIdx.x % across, down = kThreads / across, first = threadIdx.x / across;
+  const int column = threadIdx.x % across, down = kPointThreads / across, first = threadIdx.x / across;
   const int64_t channel = (static_cast<int64_t>(blockIdx.x) * across + column) * V;
   float sum[S][V] = {};
   if (channel < p.channels) {
@@ -151,7 +123,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks) backward_rows(Problem p, in
     main.read(p.main, channel, false);
     if constexpr (K == Residual::affine) res.read(p.res, channel, false);
     for (int64_t row = static_cast<int64_t>(blockIdx.y) * down + first; row < rows; row += static_cast<int64_t>(gridDim.y) * down) {
-      backward_at<T, V, K>(p, main, res, row * p.channels + channel, sum);
+      backward_at<T, V, K, Masked>(p, main, res, row * p.channels + channel, sum);
     }
   }
   for (int s = 0; s < S; ++s) {
@@ -169,21 +141,21 @@ __global__ void __launch_bounds__(kThreads, kBlocks) backward_rows(Problem p, in
 }
 
 // Contiguous, first stage: a warp takes one piece of one plane. Part = image*pieces + piece.
-template <class T, int V, Residual K>
-__global__ void __launch_bounds__(kThreads, kBlocks) backward_planes(Problem p, int) {
+template <class T, int V, Residual K, bool Masked>
+__global__ void __launch_bounds__(kPointThreads, kPointBlocks) backward_planes(PointProblem p, int) {
   constexpr int S = kSums<K>;
-  __shared__ float shared[S][kThreads];
-  const int64_t pieces = (p.plane + kPiece - 1) / kPiece, items = p.images * pieces * p.channels;
-  const int64_t item = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  __shared__ float shared[S][kPointThreads];
+  const int64_t pieces = (p.plane + kPointPiece - 1) / kPointPiece, items = p.images * pieces * p.channels;
+  const int64_t item = static_cast<int64_t>(blockIdx.x) * kPointWarps + threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   const int64_t part = item / p.channels, channel = item % p.channels;
   float sum[S][V] = {};
   if (item < items) {
     Coefficients<V> main, res{};
     main.read(p.main, channel, true);
     if constexpr (K == Residual::affine) res.read(p.res, channel, true);
-    const int64_t base = (part / pieces * p.channels + channel) * p.plane, start = part % pieces * kPiece;
-    const int64_t end = start + kPiece < p.plane ? start + kPiece : p.plane;
-    for (int64_t i = start + lane * V; i < end; i += kWarp * V) backward_at<T, V, K>(p, main, res, base + i, sum);
+    const int64_t base = (part / pieces * p.channels + channel) * p.plane, start = part % pieces * kPointPiece;
+    const int64_t end = start + kPointPiece < p.plane ? start + kPointPiece : p.plane;
+    for (int64_t i = start + lane * V; i < end; i += kWarp * V) backward_at<T, V, K, Masked>(p, main, res, base + i, sum);
   }
   for (int s = 0; s < S; ++s) {
     float total = 0;
@@ -201,83 +173,80 @@ __global__ void __launch_bounds__(kThreads, kBlocks) backward_planes(Problem p, 
 
 // Second stage: adds the parts up in double. Grid: (groups of 32 channels, sums); thread (channel, slice of the parts).
 template <int S>
-__global__ void __launch_bounds__(kThreads, kBlocks) add_parts(Problem p, int64_t parts) {
-  __shared__ double shared[kWarps][kWarp];
+__global__ void __launch_bounds__(kPointThreads, kPointBlocks) add_parts(PointProblem p, int64_t parts) {
+  __shared__ double shared[kPointWarps][kWarp];
   const int lane = threadIdx.x % kWarp, slice = threadIdx.x / kWarp, s = blockIdx.y;
   const int64_t channel = static_cast<int64_t>(blockIdx.x) * kWarp + lane;
   double total = 0;
   if (channel < p.channels) {
-    for (int64_t part = slice; part < parts; part += kWarps) total += p.partial[(part * S + s) * p.channels + channel];
+    for (int64_t part = slice; part < parts; part += kPointWarps) total += p.partial[(part * S + s) * p.channels + channel];
   }
   shared[slice][lane] = total;
   __syncthreads();
   if (slice != 0 || channel >= p.channels) return;
   total = 0;
-  for (int i = 0; i < kWarps; ++i) total += shared[i][lane];
+  for (int i = 0; i < kPointWarps; ++i) total += shared[i][lane];
   p.sum_out[s][channel] = static_cast<float>(total);
 }
 
 // ---- host ------------------------------------------------------------------------------------------------------------------------------
 template <class T, int V, Residual K>
-void launch_forward(const Problem& p, void* stream) {
+void launch_forward(const PointProblem& p, void* stream) {
   if (p.planes) {
-    const int64_t blocks = clamp(ceil_div(p.images * p.channels * p.plane, kThreads * V * 4), 1, kMaxGrid);
-    FASTRES_LAUNCH((forward_planes<T, V, K>), dim3(static_cast<unsigned>(blocks)), dim3(kThreads), stream, p, 0);
+    const int64_t blocks = clamp(ceil_div(p.images * p.channels * p.plane, kPointThreads * V * 4), 1, kMaxGrid);
+    FASTRES_LAUNCH((forward_planes<T, V, K>), dim3(static_cast<unsigned>(blocks)), dim3(kPointThreads), 0, stream, p, 0);
   } else {
     const int n = across(p, V);
     const dim3 grid(static_cast<unsigned>(ceil_div(p.channels, static_cast<int64_t>(n) * V)), static_cast<unsigned>(parts(p)));
-    FASTRES_LAUNCH((forward_rows<T, V, K>), grid, dim3(kThreads), stream, p, n);
+    FASTRES_LAUNCH((forward_rows<T, V, K>), grid, dim3(kPointThreads), 0, stream, p, n);
   }
 }
 
-template <class T, int V, Residual K>
-void launch_backward(const Problem& p, void* stream) {
+template <class T, int V, Residual K, bool Masked>
+void launch_backward(const PointProblem& p, void* stream) {
   if (p.planes) {
-    const int64_t blocks = ceil_div(parts(p) * p.channels, kWarps);
-    FASTRES_LAUNCH((backward_planes<T, V, K>), dim3(static_cast<unsigned>(blocks)), dim3(kThreads), stream, p, 0);
+    const int64_t blocks = ceil_div(parts(p) * p.channels, kPointWarps);
+    FASTRES_LAUNCH((backward_planes<T, V, K, Masked>), dim3(static_cast<unsigned>(blocks)), dim3(kPointThreads), 0, stream, p, 0);
   } else {
     const int n = across(p, V);
     const dim3 grid(static_cast<unsigned>(ceil_div(p.channels, static_cast<int64_t>(n) * V)), static_cast<unsigned>(parts(p)));
-    FASTRES_LAUNCH((backward_rows<T, V, K>), grid, dim3(kThreads), stream, p, n);
+    FASTRES_LAUNCH((backward_rows<T, V, K, Masked>), grid, dim3(kPointThreads), 0, stream, p, n);
   }
   const dim3 grid(static_cast<unsigned>(ceil_div(p.channels, kWarp)), static_cast<unsigned>(sums(p)));
-  FASTRES_LAUNCH((add_parts<kSums<K>>), grid, dim3(kThreads), stream, p, parts(p));
+  FASTRES_LAUNCH((add_parts<kSums<K>>), grid, dim3(kPointThreads), 0, stream, p, parts(p));
 }
 
-template <Residual Value>
-struct Kind {
-  static constexpr Residual value = Value;
-};
-
-template <class T, int V, bool Backward>
-void launch_kind(const Problem& p, void* stream) {
-  const auto go = [&](auto kind) {
-    if constexpr (Backward) {
-      launch_backward<T, V, decltype(kind)::value>(p, stream);
-    } else {
-      launch_forward<T, V, decltype(kind)::value>(p, stream);
-    }
-  };
-  switch (p.residual_kind) {
-    case Residual::none: return go(Kind<Residual::none>{});
-    case Residual::plain: return go(Kind<Residual::plain>{});
-    case Residual::affine: return go(Kind<Residual::affine>{});
+template <class T, int V, Pass P, Residual K>
+void launch_pass(const PointProblem& p, void* stream) {
+  if constexpr (P == Pass::forward) {
+    launch_forward<T, V, K>(p, stream);
+  } else {
+    launch_backward<T, V, K, P == Pass::masked>(p, stream);
   }
 }
 
-template <class T, bool Backward>
-void launch_width(const Problem& p, void* stream) {
-  constexpr int V = 16 / sizeof(T);
-  vector_length(p) == V ? launch_kind<T, V, Backward>(p, stream) : launch_kind<T, 1, Backward>(p, stream);
+template <class T, int V, Pass P>
+void launch_kind(const PointProblem& p, void* stream) {
+  switch (p.residual_kind) {
+    case Residual::none: return launch_pass<T, V, P, Residual::none>(p, stream);
+    case Residual::plain: return launch_pass<T, V, P, Residual::plain>(p, stream);
+    case Residual::affine: return launch_pass<T, V, P, Residual::affine>(p, stream);
+  }
 }
 
-// Queues the kernels on `stream` (cudaStream_t). The problem has elements; the caller checks for launch errors.
-template <bool Backward>
-void launch(const Problem& p, void* stream) {
+template <class T, Pass P>
+void launch_width(const PointProblem& p, void* stream) {
+  constexpr int V = 16 / sizeof(T);
+  vector_length(p) == V ? launch_kind<T, V, P>(p, stream) : launch_kind<T, 1, P>(p, stream);
+}
+
+// Queues the kernels of one pass on `stream` (cudaStream_t). The problem has elements; the caller checks for launch errors.
+template <Pass P>
+void launch(const PointProblem& p, void* stream) {
   switch (p.type) {
-    case Type::float32: return launch_width<float, Backward>(p, stream);
-    case Type::float16: return launch_width<Half, Backward>(p, stream);
-    case Type::bfloat16: return launch_width<BFloat, Backward>(p, stream);
+    case Type::float32: return launch_width<float, P>(p, stream);
+    case Type::float16: return launch_width<Half, P>(p, stream);
+    case Type::bfloat16: return launch_width<BFloat, P>(p, stream);
   }
 }
 
