@@ -35,3 +35,15 @@ class Unsupported(EmulationError):
 
 class Hang(EmulationError):
     """A kernel that doesn't end."""
+
+
+class Divergence(EmulationError):
+    """Threads that have to meet (at a barrier, in a warp's instruction) come to different places, or one never comes."""
+
+
+class Overflow(EmulationError):
+    """A number too large for its integer type, or a shift or division that has no result."""
+
+
+class Crash(EmulationError):
+    """An access to an address that no memory has."""

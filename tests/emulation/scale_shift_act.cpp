@@ -1,21 +1,18 @@
-// The CUDA kernels of scale_shift_act as a plain C library, for tests/test_cuda_emulation.py.
+// The CUDA kernels of scale_shift_act as a C library, for tests/test_cuda_pointwise.py.
 #include "cuda_emulation.h"
 
-#include "../../kernels/scale_shift_act/cuda_kernel.cuh"
+#include "kernels/scale_shift_act/cuda_kernel.cuh"
+
+using namespace fastres::cuda;
 
 extern "C" {
 
-// Runs the forward, or with `backward` the backward. `reversed`: the threads of a block run last to first.
-void run(const fastres::cuda::Problem* problem, int backward, int reversed) {
-  emulation::reversed = reversed != 0;
-  backward ? fastres::cuda::launch<true>(*problem, nullptr) : fastres::cuda::launch<false>(*problem, nullptr);
-}
+void forward(const PointProblem* p) { launch<Pass::forward>(*p, nullptr); }
+void backward(const PointProblem* p) { launch<Pass::backward>(*p, nullptr); }
+void masked(const PointProblem* p) { launch<Pass::masked>(*p, nullptr); }
 
-int64_t partial_size(const fastres::cuda::Problem* problem) {
-  return fastres::cuda::parts(*problem) * fastres::cuda::sums(*problem) * problem->channels;
-}
-
-int vector_length(const fastres::cuda::Problem* problem) { return fastres::cuda::vector_length(*problem); }
-int64_t parts(const fastres::cuda::Problem* problem) { return fastres::cuda::parts(*problem); }
-uint64_t problem_size() { return sizeof(fastres::cuda::Problem); }
+int64_t partial_size(const PointProblem* p) { return fastres::cuda::parts(*p) * sums(*p) * p->channels; }
+int width(const PointProblem* p) { return vector_length(*p); }
+int64_t parts(const PointProblem* p) { return fastres::cuda::parts(*p); }
+uint64_t problem_size() { return sizeof(PointProblem); }
 }
