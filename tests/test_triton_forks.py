@@ -64,7 +64,7 @@ def both(name: str, act, monkeypatch, added: int | None = None) -> None:
         executor = Counting()
         with monkeypatch.context() as m, executing_with(executor), fastres.use_backend("triton"):
             if plain:
-                m.setattr(functional, "_eager_triton", lambda backend: False)
+                m.setattr(functional, "_joins", lambda backend: False)
             found.append([t for t in act(block, x) if t is not None])
         if added is not None:
             assert executor.added == (0 if plain else added)
@@ -229,8 +229,8 @@ def test_where_plain_ops_are_used():
         with torch.autocast("cpu", torch.bfloat16):
             assert forked_conv_stats(x, weight)[3] is x
         inner = []
-        torch.func.grad(lambda w: (inner.append(functional._eager_triton("triton")), w.square().sum())[1])(weight)
-        assert functional._eager_triton("triton") and inner == [False]
+        torch.func.grad(lambda w: (inner.append(functional._joins("triton")), w.square().sum())[1])(weight)
+        assert functional._joins("triton") and inner == [False]
 
 
 @pytest.mark.parametrize("name, convolutions", [("identity", 1), ("projection", 2), ("padding", 1), ("recomputed", 1)])
@@ -259,7 +259,7 @@ def test_a_residual_whose_convolution_takes_no_factor(monkeypatch):
         block, x = make("projection")
         with monkeypatch.context() as m, executing_with(executor := Counting()), fastres.use_backend("triton"):
             if plain:
-                m.setattr(functional, "_eager_triton", lambda backend: False)
+                m.setattr(functional, "_joins", lambda backend: False)
             else:
                 m.setattr(block, "residual", lambda x, b=block: Bottleneck.residual(b, x)._replace(factor=None))
             loss(block(x)).backward()

@@ -37,10 +37,12 @@ def _register() -> None:
             _register_rules(op, backend, tuple(suffix for suffix, _ in schema.extra))
     for name in HELPERS:
         torch.library.register_fake(f"fastres::{name}", getattr(fakes, name), lib=LIBRARY)
-    for op in MASKED:
-        name = op_name(op, "triton", "masked")
-        LIBRARY.impl(name, deferred.triton(op, "masked"), "CompositeExplicitAutograd")
-        torch.library.register_autograd(f"fastres::{name}", autograd.no_double_backward(op), lib=LIBRARY)
+    for op, backends in MASKED.items():
+        for backend in backends:
+            name = op_name(op, backend, "masked")
+            if backend == "triton":
+                LIBRARY.impl(name, deferred.triton(op, "masked"), "CompositeExplicitAutograd")
+            torch.library.register_autograd(f"fastres::{name}", autograd.no_double_backward(op), lib=LIBRARY)
 
 
 def _register_rules(op: str, backend: str, extra: tuple[str, ...]) -> None:

@@ -162,33 +162,33 @@ class JoinedPoint(torch.autograd.Function):
     """scale_shift_act or scale_shift_act_mean with a ReLU, whose backward writes one map, dz, where y and the residual take
     multiples of it. The convolutions that made them apply the factors: see :class:`Factor`.
 
-    Inputs: those of ScaleShiftAct, the op, the factors of y and of the residual (None where its maker takes none).
+    Inputs: those of ScaleShiftAct, the op, the backend, the factors of y and of the residual (None where its maker takes none).
     """
 
     @staticmethod
     def forward(*inputs):
-        *arguments, op, _, _ = inputs
-        return overload(op, "triton")(*arguments)
+        *arguments, op, backend, _, _ = inputs
+        return overload(op, backend)(*arguments)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        *arguments, ctx.op, _, res_factor = inputs
+        *arguments, ctx.op, ctx.backend, _, res_factor = inputs
         ctx.res_is_factored = res_factor is not None
         ScaleShiftAct.setup_context(ctx, arguments, output)
 
     @staticmethod
     def backward(ctx, grad):
         if grad is None:
-            return (None,) * 12
+            return (None,) * 13
         residual, y, scale, center, shift, res_scale, res_center, res_shift = _saved(ctx)
         needs = ctx.needs_input_grad
-        dz, g_scale, g_shift, g_rscale, g_rshift = overload(ctx.op, "triton", "masked")(
+        dz, g_scale, g_shift, g_rscale, g_rshift = overload(ctx.op, ctx.backend, "masked")(
             grad, y, scale, center, shift, residual, res_scale, res_center, res_shift, ctx.relu
         )
         g_res = times(dz, None if ctx.res_is_factored else res_scale) if needs[4] else None
         return (
             _or_none(dz, needs[0]), _or_none(g_scale, needs[1]), None, _or_none(g_shift, needs[3]),
-            g_res, _or_none(g_rscale, needs[5]), None, _or_none(g_rshift, needs[7]), None, None, None, None,
+            g_res, _or_none(g_rscale, needs[5]), None, _or_none(g_rshift, needs[7]), None, None, None, None, None,
         )  # fmt: skip
 
 

@@ -45,14 +45,15 @@ def scale_shift_act_backward(
     return (*main, empty_like(residual) if keep else absent(y), absent(y), absent(y))
 
 
-def scale_shift_act_masked_triton(grad, y, scale, center, shift, residual, res_scale, res_center, res_shift, relu):
+def scale_shift_act_masked(grad, y, scale, center, shift, residual, res_scale, res_center, res_shift, relu):
     c = y.shape[1]
     both = residual is not None and res_scale is not None
     other = (_vector(y, c), _vector(y, c)) if both else (absent(y), absent(y))
     return empty_like(y), _vector(y, c), _vector(y, c), *other
 
 
-scale_shift_act_mean_masked_triton = scale_shift_act_masked_triton
+scale_shift_act_masked_triton = scale_shift_act_masked_cuda = scale_shift_act_masked
+scale_shift_act_mean_masked_triton = scale_shift_act_masked
 
 
 def scale_shift_act_mean(y, scale, center, shift, residual, res_scale, res_center, res_shift, relu):

@@ -13,7 +13,7 @@ from fastres.kernels.bn_coefficients.reference import forward as bn_coefficients
 
 from . import recipes
 from .autograd import Factor, JoinedConvStats, JoinedPoint
-from .schemas import overload
+from .schemas import MASKED, overload
 
 __all__ = [
     "bn_coefficients",
@@ -130,11 +130,15 @@ def _conv_stats(
     return (x, weight, *vectors, relu, *conv[1:], stats), backend
 
 
-def _eager_triton(backend: str) -> bool:
+# The backends whose gradient kernels add a further gradient and scale dz as they read it: without them nodes gain nothing.
+JOINING = ("triton", "cuda")
+
+
+def _joins(backend: str) -> bool:
     """Whether nodes of our own may stand in autograd's graph: with gradients, and not where a compiler or a transform of
-    functions looks on, which see plain ops. Only Triton's kernels gain by them."""
+    functions looks on, which see plain ops."""
     return (
-        backend == "triton"
+        backend in JOINING
         and torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
         and torch._C._functorch.peek_interpreter_stack() is None
@@ -156,7 +160,7 @@ def forked_conv_stats(
     pass that reads two gradients and writes a third.
     """
     arguments, backend = _conv_stats(x, weight, (None,) * 3, False, stride, padding, dilation, groups, True)
-    if not (_eager_triton(backend) and x.requires_grad and arguments[0] is x):
+    if not (_joins(backend) and x.requires_grad and arguments[0] is x):
         return *overload("conv_stats", backend)(*arguments), x
     y, mean, var, view = JoinedConvStats.apply(*arguments, backend, True, None)
     return y, mean, var, recipes.hand_on(x, view)
@@ -178,7 +182,7 @@ def end_conv_stats(
     """:func:`conv_stats` whose result goes to one reader, the end of a block. With the factor, if there is one, that reader may
     send back dz for scale·dz: see ``factors`` in :func:`scale_shift_act`."""
     arguments, backend = _conv_stats(x, weight, (scale, center, shift), relu, stride, padding, dilation, groups, True)
-    if not _eager_triton(backend):
+    if not _joins(backend):
         return *overload("conv_stats", backend)(*arguments), None
     factor = Factor()
     y, mean, var, _ = JoinedConvStats.apply(*arguments, backend, False, factor)
@@ -191,12 +195,12 @@ Factors = tuple[Factor | None, Factor | None]
 def _joined_point(op: str, backend: str, arguments: tuple[Any, ...], relu: bool, factors: Factors) -> Tensor | None:
     """The op as a node that sends back dz, if its ``y`` comes from a convolution that applies the factor."""
     of_y, of_residual = factors
-    if of_y is None or not relu or not _eager_triton(backend):
+    if of_y is None or not relu or backend not in MASKED[op] or not _joins(backend):
         return None
     _, scale, _, _, _, res_scale, *_ = arguments
     if res_scale is None:
         of_residual = None
-    out = JoinedPoint.apply(*arguments, relu, op, of_y, of_residual)
+    out = JoinedPoint.apply(*arguments, relu, op, backend, of_y, of_residual)
     of_y.vector = scale.detach()
     if of_residual is not None:
         of_residual.vector = res_scale.detach()

@@ -22,7 +22,7 @@ _MASKED = (
     f"(Tensor grad, {_POINT}) -> (Tensor dz, Tensor grad_scale, Tensor grad_shift, Tensor grad_res_scale,"
     " Tensor grad_res_shift)"
 )
-MASKED = ("scale_shift_act", "scale_shift_act_mean")
+MASKED = {"scale_shift_act": ("triton", "cuda"), "scale_shift_act_mean": ("triton",)}  # op: backends
 _CONV = "int[2] stride, int[2] padding, int[2] dilation, int groups"
 _POOL = "bool relu, int kernel, int stride, int padding"
 _GRADIENT = (
@@ -76,7 +76,7 @@ OPS: dict[str, OpSchema] = {
     ),
 }
 
-# Passes without autograd of their own: native ones that serve the library backend around its convolutions, Triton's of MASKED.
+# Passes without autograd of their own: native ones that serve the library backend around its convolutions, those of MASKED.
 HELPERS: dict[str, str] = {
     # writes grad_y over grad
     "scale_shift_act_backward_native_": f"(Tensor(a!) grad, Tensor y, {_COEFFICIENTS.format('')}, bool relu)"
@@ -89,7 +89,7 @@ HELPERS: dict[str, str] = {
     # conv_act_native by the kernel of that name, for tests and tuning
     "conv_kernel_native": "(str kernel, Tensor x, Tensor weight, Tensor? bias, Tensor? residual, bool relu,"
     f" {_CONV}) -> Tensor",
-    **{f"{op}_masked_triton": _MASKED for op in MASKED},
+    **{f"{op}_masked_{backend}": _MASKED for op, backends in MASKED.items() for backend in backends},
     "channel_stats_native": "(Tensor y) -> (Tensor mean, Tensor var)",
     "channel_stats_backward_native": "(Tensor? grad_y, Tensor y, Tensor mean, Tensor? grad_mean, Tensor? grad_var)"
     " -> Tensor",
