@@ -1,0 +1,60 @@
+// How a forward problem becomes launches: which flags, which tile.
+#pragma once
+
+#include "cuda_forward.cuh"
+#include "cuda_shape.h"
+
+namespace fastres::cuda {
+
+template <class Tile, class Transform, bool Flat, bool Pointwise>
+void launch_forward(const ConvForward& p, void* stream) {
+  const Geometry& g = p.shape;
+  const int64_t tiles = ceil_div(rows_out(g), Tile::kRows), column_tiles = ceil_div(g.filters, Tile::kColumns);
+  ForwardLaunch launch = {p,
+                          {},
+                          static_cast<int>(column_tiles),
+                          static_cast<int>(unit_of(g.channels, p.type, {p.x, p.weight})),
+                          unit_of(g.filters, p.type, {p.y, p.residual}) * bytes_of(p.type) == 16};
+  launch.map = {{g.dilation_h, g.height}, {g.dilation_w, g.width}, g.filter_height, g.filter_width, g.channels};
+  if (launch.unit * bytes_of(p.type) > 8) launch.unit = 8 / bytes_of(p.type);
+  const dim3 grid(static_cast<unsigned>(tiles * column_tiles));
+  constexpr int shared = forward_shared_bytes<Tile, Transform, Flat, Pointwise>();
+  FASTRES_LAUNCH((conv_forward<Tile, Transform, Flat, Pointwise>), grid, dim3(Tile::kThreads), shared, stream, launch);
+  if (p.partial != nullptr) launch_merge(p.partial, tiles, Tile::kRows, rows_out(g), g.filters, p.mean, p.var, stream);
+}
+
+// The tile that forward_tile(problem) names.
+template <class T, bool Split, class Transform, bool Flat, bool Pointwise>
+void launch_forward_tile(const ConvForward& p, void* stream) {
+  if constexpr (sizeof(T) == 2 && !Flat) {
+    switch (forward_tile(p)) {
+      case TileShape::large: return launch_forward<Tile<T, Split, 128, 128, 32, 64, 3>, Transform, Flat, Pointwise>(p, stream);
+      case TileShape::tall: return launch_forward<Tile<T, Split, 128, 64, 32, 64, 3>, Transform, Flat, Pointwise>(p, stream);
+      case TileShape::small: break;
+    }
+  }
+  launch_forward<Tile<T, Split, 64, 64, 32, 32, 3>, Transform, Flat, Pointwise>(p, stream);
+}
+
+template <class T, bool Split, class Transform>
+void launch_forward_kind(const ConvForward& p, void* stream) {
+  if (unit_of(p.shape.channels, p.type, {p.x, p.weight}) * bytes_of(p.type) < 16) {
+    launch_forward_tile<T, Split, Transform, true, false>(p, stream);
+  } else if (is_pointwise(p.shape)) {
+    launch_forward_tile<T, Split, Transform, false, true>(p, stream);
+  } else {
+    launch_forward_tile<T, Split, Transform, false, false>(p, stream);
+  }
+}
+
+// Queues the kernels of one element type on `stream` (cudaStream_t). The problem has elements and no refusal().
+template <class T, bool Split>
+void launch_forward_type(const ConvForward& p, void* stream) {
+  if (p.prologue.scale != nullptr) {
+    launch_forward_kind<T, Split, Activation>(p, stream);
+  } else {
+    launch_forward_kind<T, Split, Raw>(p, stream);
+  }
+}
+
+}  // namespace fastres::cuda

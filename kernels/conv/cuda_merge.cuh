@@ -1,0 +1,93 @@
+// Statistics of tiles become those of the map: Chan, Golub and LeVeque's merge, in a fixed order.
+#pragma once
+
+#include "../common/cuda_device.cuh"
+#include "cuda_problem.h"
+
+namespace fastres::cuda {
+
+constexpr int kMergeThreads = 256;
+constexpr int kMergeSlices = kMergeThreads / kWarp;
+constexpr int kMergeTiles = 128;  // tiles that a block merges
+
+// `partial` [tiles][2][channels]: mean and M2 = sum (y - mean)^2 of each tile; a tile has `rows` rows, the last what is left of `total`.
+struct Merge {
+  const float* partial;
+  float* mean;  // [channels], or for another level [groups][2][channels] with M2 in place of the variance
+  float* var;   // [channels]; null: another level follows
+  int64_t total;
+  int64_t rows;
+  int tiles, channels;
+};
+
+// Merges kMergeTiles neighbouring tiles for 32 channels a block. Grid: (groups of 32 channels, groups of tiles). Thread (lane, slice): one
+// channel, every kMergeSlices-th tile. Bytes: partial read twice (the second time from the caches), a kMergeTiles-th of it written.
+// Sums in double, relative to the group's first mean, so that the merged mean and M2 lose nothing.
+__global__ void __launch_bounds__(kMergeThreads) merge_statistics(Merge m) {
+  __shared__ double shared[kMergeSlices][kWarp];
+  const int lane = static_cast<int>(threadIdx.x) % kWarp, slice = static_cast<int>(threadIdx.x) / kWarp;
+  const int channel = static_cast<int>(blockIdx.x) * kWarp + lane;
+  const int first = static_cast<int>(blockIdx.y) * kMergeTiles, last = first + kMergeTiles < m.tiles ? first + kMergeTiles : m.tiles;
+  const bool exists = channel < m.channels;
+  const auto add_up = [&](double mine) {
+    shared[slice][lane] = mine;
+    __syncthreads();
+    double sum = 0;
+    for (int i = 0; i < kMergeSlices; ++i) sum += shared[i][lane];
+    __syncthreads();
+    return sum;
+  };
+  const auto rows_of = [&](int tile) {
+    const int64_t left = m.total - tile * m.rows;
+    return static_cast<double>(left < m.rows ? left : m.rows);
+  };
+  const auto entry = [&](int tile, int which) {
+    return static_cast<double>(m.partial[(static_cast<int64_t>(tile) * 2 + which) * m.channels + channel]);
+  };
+  const double origin = exists ? entry(first, 0) : 0;
+  const int64_t left = m.total - first * m.rows, most = m.rows * kMergeTiles;
+  const double count = static_cast<double>(left < most ? left : most);
+  double moved = 0;
+  for (int tile = first + slice; exists && tile < last; tile += kMergeSlices) moved += rows_of(tile) * (entry(tile, 0) - origin);
+  const double shift = add_up(moved) / count;
+  double squares = 0;
+  for (int tile = first + slice; exists && tile < last; tile += kMergeSlices) {
+    const double apart = entry(tile, 0) - origin - shift;
+    squares += entry(tile, 1) + rows_of(tile) * apart * apart;
+  }
+  squares = add_up(squares);
+  if (slice != 0 || !exists) return;
+  const int64_t group = blockIdx.y;
+  if (m.var != nullptr) {
+    m.mean[channel] = static_cast<float>(origin + shift);
+    m.var[channel] = static_cast<float>(squares / count);
+  } else {
+    m.mean[group * 2 * m.channels + channel] = static_cast<float>(origin + shift);
+    m.mean[(group * 2 + 1) * m.channels + channel] = static_cast<float>(squares);
+  }
+}
+
+// Floats that all levels of `tiles` tiles need, one behind the other.
+inline int64_t merge_workspace(int64_t tiles, int64_t channels) {
+  int64_t all = tiles;
+  for (; tiles > kMergeTiles; all += tiles) tiles = ceil_div(tiles, kMergeTiles);
+  return all * 2 * channels;
+}
+
+// mean and var [channels] of `total` rows from partial [tiles][2][channels] with its workspace behind it.
+inline void launch_merge(float* partial, int64_t tiles, int64_t rows, int64_t total, int channels, float* mean, float* var, void* stream) {
+  for (;;) {
+    const int64_t groups = ceil_div(tiles, kMergeTiles);
+    float* const next = partial + tiles * 2 * channels;
+    const bool final = groups == 1;
+    const Merge m = {partial, final ? mean : next, final ? var : nullptr, total, rows, static_cast<int>(tiles), channels};
+    const dim3 grid(static_cast<unsigned>(ceil_div(channels, kWarp)), static_cast<unsigned>(groups));
+    FASTRES_LAUNCH(merge_statistics, grid, dim3(kMergeThreads), 0, stream, m);
+    if (final) return;
+    partial = next;
+    tiles = groups;
+    rows *= kMergeTiles;
+  }
+}
+
+}  // namespace fastres::cuda
