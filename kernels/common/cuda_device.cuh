@@ -45,6 +45,17 @@ FASTRES_DEVICE float rounded(float x) {
   return to_float(stored);
 }
 
+// The larger of two; a NaN stays one (fmaxf drops it).
+FASTRES_DEVICE float larger(float a, float b) {
+#ifdef __CUDACC__
+  float result;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(a), "f"(b));
+  return result;
+#else
+  return a != a ? a : b != b ? b : a > b ? a : b;
+#endif
+}
+
 // V neighbours in memory, moved as one access of up to 16 bytes.
 template <class T, int V>
 struct alignas(sizeof(T) * V) Pack {

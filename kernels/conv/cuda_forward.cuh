@@ -19,12 +19,13 @@ struct Filters {
 
   FASTRES_DEVICE void load(unsigned char* stage) {
     const int length = map.taps_h * map.taps_w * map.channels;
-    const int chunks = Flat ? kStep<T> / unit : 4, size = Flat ? unit : kChunk<T>;
+    const int chunks = Flat ? kStep<T> / unit : 4, down = Tile::kThreads / chunks, size = Flat ? unit : kChunk<T>;
     const int chunk = static_cast<int>(threadIdx.x) % chunks, c = ahead.c + chunk * size;
     const bool exists = c < (Flat ? length : map.channels);
     const int place = Flat ? c : (ahead.r * map.taps_w + ahead.s) * map.channels + c;
 #pragma unroll
-    for (int row = static_cast<int>(threadIdx.x) / chunks; row < Tile::kColumns; row += Tile::kThreads / chunks) {
+    for (int i = 0; i < Tile::kColumns / down; ++i) {
+      const int row = static_cast<int>(threadIdx.x) / chunks + i * down;
       const bool valid = exists && first + row < filters;
       const T* const source = weight + (valid ? static_cast<int64_t>(first + row) * length + place : 0);
       unsigned char* const target = stage + row * kPitch + chunk * size * static_cast<int>(sizeof(T));
@@ -92,7 +93,9 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks) conv_forward(Fo
   __syncthreads();
 
   Gather<Tile, Transform, Flat, Pointwise> left = {{static_cast<const T*>(p.x)}, launch.map, {}, rows, launch.unit};
-  if constexpr (Transform::kVectors > 0) left.transform = {{p.prologue.scale, p.prologue.center, p.prologue.shift}, p.prologue_relu};
+  if constexpr (Transform::kVectors > 0)
+    left.transform = {{p.prologue.scale, p.prologue.center, p.prologue.shift}, p.prologue_relu ? 0.0f : -INFINITY};
+  left.begin();
   Filters<Tile, Flat> right = {static_cast<const T*>(p.weight), launch.map, g.filters, first_column, launch.unit};
   Tile tile;
   main_loop(tile, left, right, Walk<T, Flat>::steps(launch.map), ring);

@@ -96,11 +96,8 @@ struct Activation {
   static constexpr int kMaps = 1, kVectors = 3;
   static constexpr bool kKeepsZero = false;
   const float* vectors[3];
-  bool relu;
-  FASTRES_DEVICE float operator()(float x, float, const float (&v)[3]) const {
-    const float z = fmaf(v[0], x - v[1], v[2]);
-    return relu && z <= 0.0f ? 0.0f : z;  // a NaN is not <= 0 and stays
-  }
+  float least;  // 0 for a ReLU, else minus infinity
+  FASTRES_DEVICE float operator()(float x, float, const float (&v)[3]) const { return larger(fmaf(v[0], x - v[1], v[2]), least); }
 };
 
 // G = factor*grad_y + grad_mean/n + 2*grad_var/n*(y - mean); vectors: factor, grad_mean, grad_var, mean, of which null ones count as 0
@@ -125,6 +122,7 @@ struct Combined {
 template <class Tile, class Transform, bool Flat, bool Pointwise>
 struct Gather {
   using T = typename Tile::T;
+  static constexpr int kOwn = Tile::kRows * 4 / Tile::kThreads;
   static constexpr int kMapBytes = Tile::kRows * kPitch;
   static constexpr int kStageBytes = Transform::kMaps * kMapBytes + Transform::kVectors * kStep<T> * 4;
 
@@ -134,7 +132,17 @@ struct Gather {
   const Row* rows;  // [kRows], shared
   int unit;         // Flat: elements that are aligned together, up to 8 bytes
   Walk<T, Flat> ahead = {}, now = {};
+  Row own[kOwn];      // the rows that this thread copies; read by begin()
   uint32_t live = 0;  // bit 2i + below: the row row_of(i, below) of this warp has the present tap
+
+  FASTRES_DEVICE static int own_row(int i) { return static_cast<int>(threadIdx.x) / 4 + i * (Tile::kThreads / 4); }
+  // Once, when `rows` is filled and visible.
+  FASTRES_DEVICE void begin() {
+    if constexpr (!Flat) {
+#pragma unroll
+      for (int i = 0; i < kOwn; ++i) own[i] = rows[own_row(i)];
+    }
+  }
 
   FASTRES_DEVICE void load(unsigned char* stage) {
     if constexpr (Flat) {
@@ -145,14 +153,13 @@ struct Gather {
       const int64_t tap =
           Pointwise ? c : (static_cast<int64_t>(ahead.r) * map.h.step * map.w.size + ahead.s * map.w.step) * map.channels + c;
 #pragma unroll
-      for (int row = static_cast<int>(threadIdx.x) / 4; row < Tile::kRows; row += Tile::kThreads / 4) {
-        const Row found = rows[row];
-        const bool valid = exists && found.has(ahead.r, ahead.s);
-        const int64_t at = valid ? found.offset + tap : 0;
+      for (int i = 0; i < kOwn; ++i) {
+        const bool valid = exists && own[i].has(ahead.r, ahead.s);
+        const int64_t at = valid ? own[i].offset + tap : 0;
 #pragma unroll
         for (int m = 0; m < Transform::kMaps; ++m) {
           const bool given = m > 0 || maps[0] != nullptr;
-          copy_async<16>(stage + m * kMapBytes + row * kPitch + chunk * 16, maps[m] + (given ? at : 0), valid && given);
+          copy_async<16>(stage + m * kMapBytes + own_row(i) * kPitch + chunk * 16, maps[m] + (given ? at : 0), valid && given);
         }
       }
     }
@@ -229,9 +236,10 @@ struct Gather {
 #pragma unroll
         for (int k = 0; k < kPer; ++k) {
           x[k] = transform(x[k], y[k], v[e / 2][k]);
-          if (!visible(i, e % 2, now.c + first + e / 2 * kSide + k)) x[k] = 0.0f;  // padding is zero after the transform
+          if (Flat && !visible(i, e % 2, now.c + first + e / 2 * kSide + k)) x[k] = 0.0f;
         }
         a[i][e] = pack<T>(x);
+        if (!Flat && !visible(i, e % 2, 0)) a[i][e] = 0;  // padding is zero after the transform
       }
     }
   }

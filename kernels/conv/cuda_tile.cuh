@@ -165,21 +165,25 @@ FASTRES_DEVICE void main_loop(Tile& d, Left& left, Right& right, int steps, unsi
       for (int e = 0; e < 4; ++e) d.acc[i][j][e] = 0.0f;
     }
   }
+  int filled = 0, used = 0;  // stages of the ring
+  const auto advance = [](int& stage) { stage = stage + 1 == Tile::kStages ? 0 : stage + 1; };
   const auto fetch = [&](int step) {
     if (step < steps) {
-      unsigned char* const stage = ring + step % Tile::kStages * stage_bytes;
+      unsigned char* const stage = ring + filled * stage_bytes;
       left.load(stage);
       right.load(stage + Left::kStageBytes);
+      advance(filled);
     }
     commit_copies();  // an empty group too: the wait below counts them
   };
+#pragma unroll 1
   for (int step = 0; step < Tile::kStages - 1; ++step) fetch(step);
 #pragma unroll 1
   for (int step = 0; step < steps; ++step) {
     wait_copies<Tile::kStages - 2>();
     __syncthreads();  // this step has landed for all, and all are done with the one before, whose stage is filled next
     fetch(step + Tile::kStages - 1);
-    const unsigned char* const stage = ring + step % Tile::kStages * stage_bytes;
+    const unsigned char* const stage = ring + used * stage_bytes;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       uint32_t a[Tile::kRowTiles][4], b[Tile::kColumnTiles][2];
@@ -189,6 +193,7 @@ FASTRES_DEVICE void main_loop(Tile& d, Left& left, Right& right, int steps, unsi
     }
     left.next();
     right.next();
+    advance(used);
   }
   wait_copies<0>();
   __syncthreads();
