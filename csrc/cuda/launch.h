@@ -1,6 +1,7 @@
 // What the tensor side (*.cpp, compiled by the C++ compiler) may call of the CUDA side (compiled by nvcc).
 #pragma once
 
+#include "../../kernels/conv/cuda_problem.h"
 #include "../../kernels/scale_shift_act/cuda_problem.h"
 
 namespace fastres::cuda {
@@ -9,5 +10,6 @@ namespace fastres::cuda {
 const char* scale_shift_act(const PointProblem& problem, int device, void* stream);
 const char* scale_shift_act_backward(const PointProblem& problem, int device, void* stream);
 const char* scale_shift_act_masked(const PointProblem& problem, int device, void* stream);
+const char* conv_forward(const ConvForward& problem, int device, void* stream);
 
 }  // namespace fastres::cuda

@@ -2,7 +2,6 @@
 #pragma once
 
 #include "cuda_forward.cuh"
-#include "cuda_shape.h"
 
 namespace fastres::cuda {
 
@@ -16,7 +15,6 @@ void launch_forward(const ConvForward& p, void* stream) {
                           static_cast<int>(unit_of(g.channels, p.type, {p.x, p.weight})),
                           unit_of(g.filters, p.type, {p.y, p.residual}) * bytes_of(p.type) == 16};
   launch.map = {{g.dilation_h, g.height}, {g.dilation_w, g.width}, g.filter_height, g.filter_width, g.channels};
-  if (launch.unit * bytes_of(p.type) > 8) launch.unit = 8 / bytes_of(p.type);
   const dim3 grid(static_cast<unsigned>(tiles * column_tiles));
   constexpr int shared = forward_shared_bytes<Tile, Transform, Flat, Pointwise>();
   FASTRES_LAUNCH((conv_forward<Tile, Transform, Flat, Pointwise>), grid, dim3(Tile::kThreads), shared, stream, launch);
@@ -26,7 +24,7 @@ void launch_forward(const ConvForward& p, void* stream) {
 // The tile that forward_tile(problem) names.
 template <class T, bool Split, class Transform, bool Flat, bool Pointwise>
 void launch_forward_tile(const ConvForward& p, void* stream) {
-  if constexpr (sizeof(T) == 2 && !Flat) {
+  if constexpr (sizeof(T) == 2 && !Flat) {  // elsewhere forward_tile(p) is the small one
     switch (forward_tile(p)) {
       case TileShape::large: return launch_forward<Tile<T, Split, 128, 128, 32, 64, 3>, Transform, Flat, Pointwise>(p, stream);
       case TileShape::tall: return launch_forward<Tile<T, Split, 128, 64, 32, 64, 3>, Transform, Flat, Pointwise>(p, stream);
@@ -38,7 +36,7 @@ void launch_forward_tile(const ConvForward& p, void* stream) {
 
 template <class T, bool Split, class Transform>
 void launch_forward_kind(const ConvForward& p, void* stream) {
-  if (unit_of(p.shape.channels, p.type, {p.x, p.weight}) * bytes_of(p.type) < 16) {
+  if (!wide_rows(p.shape, p.type, {p.x, p.weight})) {
     launch_forward_tile<T, Split, Transform, true, false>(p, stream);
   } else if (is_pointwise(p.shape)) {
     launch_forward_tile<T, Split, Transform, false, true>(p, stream);

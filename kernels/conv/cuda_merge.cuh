@@ -2,19 +2,18 @@
 #pragma once
 
 #include "../common/cuda_device.cuh"
-#include "cuda_problem.h"
+#include "cuda_shape.h"
 
 namespace fastres::cuda {
 
 constexpr int kMergeThreads = 256;
 constexpr int kMergeSlices = kMergeThreads / kWarp;
-constexpr int kMergeTiles = 128;  // tiles that a block merges
 
 // `partial` [tiles][2][channels]: mean and M2 = sum (y - mean)^2 of each tile; a tile has `rows` rows, the last what is left of `total`.
 struct Merge {
   const float* partial;
-  float* mean;  // [channels], or for another level [groups][2][channels] with M2 in place of the variance
-  float* var;   // [channels]; null: another level follows
+  float* mean;  // [channels]; before the last level: [groups][2][channels], mean and M2
+  float* var;   // [channels], written by the last level
   int64_t total;
   int64_t rows;
   int tiles, channels;
@@ -23,11 +22,13 @@ struct Merge {
 // Merges kMergeTiles neighbouring tiles for 32 channels a block. Grid: (groups of 32 channels, groups of tiles). Thread (lane, slice): one
 // channel, every kMergeSlices-th tile. Bytes: partial read twice (the second time from the caches), a kMergeTiles-th of it written.
 // Sums in double, relative to the group's first mean, so that the merged mean and M2 lose nothing.
+template <bool Final>
 __global__ void __launch_bounds__(kMergeThreads) merge_statistics(Merge m) {
   __shared__ double shared[kMergeSlices][kWarp];
   const int lane = static_cast<int>(threadIdx.x) % kWarp, slice = static_cast<int>(threadIdx.x) / kWarp;
   const int channel = static_cast<int>(blockIdx.x) * kWarp + lane;
-  const int first = static_cast<int>(blockIdx.y) * kMergeTiles, last = first + kMergeTiles < m.tiles ? first + kMergeTiles : m.tiles;
+  const int first = static_cast<int>(blockIdx.y * kMergeTiles);
+  const int last = first + kMergeTiles < m.tiles ? first + static_cast<int>(kMergeTiles) : m.tiles;
   const bool exists = channel < m.channels;
   const auto add_up = [&](double mine) {
     shared[slice][lane] = mine;
@@ -58,7 +59,7 @@ __global__ void __launch_bounds__(kMergeThreads) merge_statistics(Merge m) {
   squares = add_up(squares);
   if (slice != 0 || !exists) return;
   const int64_t group = blockIdx.y;
-  if (m.var != nullptr) {
+  if constexpr (Final) {
     m.mean[channel] = static_cast<float>(origin + shift);
     m.var[channel] = static_cast<float>(squares / count);
   } else {
@@ -67,23 +68,19 @@ __global__ void __launch_bounds__(kMergeThreads) merge_statistics(Merge m) {
   }
 }
 
-// Floats that all levels of `tiles` tiles need, one behind the other.
-inline int64_t merge_workspace(int64_t tiles, int64_t channels) {
-  int64_t all = tiles;
-  for (; tiles > kMergeTiles; all += tiles) tiles = ceil_div(tiles, kMergeTiles);
-  return all * 2 * channels;
-}
-
 // mean and var [channels] of `total` rows from partial [tiles][2][channels] with its workspace behind it.
 inline void launch_merge(float* partial, int64_t tiles, int64_t rows, int64_t total, int channels, float* mean, float* var, void* stream) {
   for (;;) {
     const int64_t groups = ceil_div(tiles, kMergeTiles);
     float* const next = partial + tiles * 2 * channels;
-    const bool final = groups == 1;
-    const Merge m = {partial, final ? mean : next, final ? var : nullptr, total, rows, static_cast<int>(tiles), channels};
     const dim3 grid(static_cast<unsigned>(ceil_div(channels, kWarp)), static_cast<unsigned>(groups));
-    FASTRES_LAUNCH(merge_statistics, grid, dim3(kMergeThreads), 0, stream, m);
-    if (final) return;
+    Merge m = {partial, mean, var, total, rows, static_cast<int>(tiles), channels};
+    if (groups == 1) {
+      FASTRES_LAUNCH(merge_statistics<true>, grid, dim3(kMergeThreads), 0, stream, m);
+      return;
+    }
+    m.mean = next;
+    FASTRES_LAUNCH(merge_statistics<false>, grid, dim3(kMergeThreads), 0, stream, m);
     partial = next;
     tiles = groups;
     rows *= kMergeTiles;

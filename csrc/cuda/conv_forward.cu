@@ -1,0 +1,24 @@
+#include "launch_kernel.cuh"
+
+#include "../../kernels/conv/cuda_forward_launch.cuh"
+#include "launch.h"
+
+namespace fastres::cuda {
+
+extern template void launch_forward_type<Half, false>(const ConvForward&, void*);
+extern template void launch_forward_type<BFloat, false>(const ConvForward&, void*);
+extern template void launch_forward_type<float, false>(const ConvForward&, void*);
+extern template void launch_forward_type<float, true>(const ConvForward&, void*);
+
+const char* conv_forward(const ConvForward& p, int device, void* stream) {
+  return with_errors(device, [&] {
+    switch (p.type) {
+      case Type::float16: return launch_forward_type<Half, false>(p, stream);
+      case Type::bfloat16: return launch_forward_type<BFloat, false>(p, stream);
+      case Type::float32: break;
+    }
+    p.precision == Precision::tf32 ? launch_forward_type<float, false>(p, stream) : launch_forward_type<float, true>(p, stream);
+  });
+}
+
+}  // namespace fastres::cuda
