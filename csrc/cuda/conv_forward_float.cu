@@ -4,6 +4,6 @@
 #include "../../kernels/conv/cuda_forward_launch.cuh"
 
 namespace fastres::cuda {
-template void launch_forward_type<float, false>(const ConvForward&, void*);
-template void launch_forward_type<float, true>(const ConvForward&, void*);
+template void launch_forward_type<float, false>(const ConvForward&, TileShape, void*);
+template void launch_forward_type<float, true>(const ConvForward&, TileShape, void*);
 }  // namespace fastres::cuda

@@ -4,5 +4,5 @@
 #include "../../kernels/conv/cuda_forward_launch.cuh"
 
 namespace fastres::cuda {
-template void launch_forward_type<Half, false>(const ConvForward&, void*);
+template void launch_forward_type<Half, false>(const ConvForward&, TileShape, void*);
 }  // namespace fastres::cuda

@@ -21,11 +21,10 @@ void launch_forward(const ConvForward& p, void* stream) {
   if (p.partial != nullptr) launch_merge(p.partial, tiles, Tile::kRows, rows_out(g), g.filters, p.mean, p.var, stream);
 }
 
-// The tile that forward_tile(problem) names.
 template <class T, bool Split, class Transform, bool Flat, bool Pointwise>
-void launch_forward_tile(const ConvForward& p, void* stream) {
-  if constexpr (sizeof(T) == 2 && !Flat) {  // elsewhere forward_tile(p) is the small one
-    switch (forward_tile(p)) {
+void launch_forward_tile(const ConvForward& p, TileShape tile, void* stream) {
+  if constexpr (sizeof(T) == 2 && !Flat) {  // elsewhere forward_tile() names the small one
+    switch (tile) {
       case TileShape::large: return launch_forward<Tile<T, Split, 128, 128, 32, 64, 3>, Transform, Flat, Pointwise>(p, stream);
       case TileShape::tall: return launch_forward<Tile<T, Split, 128, 64, 32, 64, 3>, Transform, Flat, Pointwise>(p, stream);
       case TileShape::small: break;
@@ -35,23 +34,23 @@ void launch_forward_tile(const ConvForward& p, void* stream) {
 }
 
 template <class T, bool Split, class Transform>
-void launch_forward_kind(const ConvForward& p, void* stream) {
+void launch_forward_kind(const ConvForward& p, TileShape tile, void* stream) {
   if (!wide_rows(p.shape, p.type, {p.x, p.weight})) {
-    launch_forward_tile<T, Split, Transform, true, false>(p, stream);
+    launch_forward_tile<T, Split, Transform, true, false>(p, tile, stream);
   } else if (is_pointwise(p.shape)) {
-    launch_forward_tile<T, Split, Transform, false, true>(p, stream);
+    launch_forward_tile<T, Split, Transform, false, true>(p, tile, stream);
   } else {
-    launch_forward_tile<T, Split, Transform, false, false>(p, stream);
+    launch_forward_tile<T, Split, Transform, false, false>(p, tile, stream);
   }
 }
 
 // Queues the kernels of one element type on `stream` (cudaStream_t). The problem has elements and no refusal().
 template <class T, bool Split>
-void launch_forward_type(const ConvForward& p, void* stream) {
+void launch_forward_type(const ConvForward& p, TileShape tile, void* stream) {
   if (p.prologue.scale != nullptr) {
-    launch_forward_kind<T, Split, Activation>(p, stream);
+    launch_forward_kind<T, Split, Activation>(p, tile, stream);
   } else {
-    launch_forward_kind<T, Split, Raw>(p, stream);
+    launch_forward_kind<T, Split, Raw>(p, tile, stream);
   }
 }
 

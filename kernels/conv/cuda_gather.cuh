@@ -132,8 +132,8 @@ struct Gather {
   const Row* rows;  // [kRows], shared
   int unit;         // Flat: elements that are aligned together, up to 8 bytes
   Walk<T, Flat> ahead = {}, now = {};
-  Row own[kOwn];      // the rows that this thread copies; read by begin()
-  uint32_t live = 0;  // bit 2i + below: the row row_of(i, below) of this warp has the present tap
+  Row own[kOwn] = {};  // the rows that this thread copies; read by begin()
+  uint32_t live = 0;   // bit 2i + below: the row row_of(i, below) of this warp has the present tap
 
   FASTRES_DEVICE static int own_row(int i) { return static_cast<int>(threadIdx.x) / 4 + i * (Tile::kThreads / 4); }
   // Once, when `rows` is filled and visible.
