@@ -100,7 +100,7 @@ class Memories:
 
         def load(mask: Mask) -> None:
             at = np.minimum(address, np.uint64(len(view) - 1)).astype(np.int64) + offset  # whatever idle threads have
-            at = np.clip(at, 0, len(view) - width * len(writers))
+            at = np.clip(at, 0, len(view) - 1 - width * (len(writers) - 1))
             for number, write in enumerate(writers):
                 write(view[at + number * width].view(dtype)[:, 0], mask)
 
