@@ -203,12 +203,18 @@ def test_nan_and_infinity_stay_where_they_are(library: cuda.Library) -> None:
                 kind,
                 value,
             )
-        inputs.x[0, 3, 2, 2] = 1.0
-        inputs.vectors[2][5] = float("inf")  # shift: every pixel is infinite, padding is zero
-        inputs.weight[:, 5] = 0.0
-        inputs.weight[:, 5, 0, 0] = 1.0
-        y = run(library, case, inputs, kind, SCHEDULES[0])[0]
-        assert y[0, :, 0].isfinite().all() and y[0, :, :, 0].isfinite().all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_padding_is_zero_after_the_prologue(library: cuda.Library, kind: str) -> None:
+    """An infinite shift makes every pixel infinite; where only padding is read, the result is 0."""
+    case = Case(1, 8, 4, 5, 8, 1, 1, padding=(1, 1))
+    inputs = integers(case, kind)
+    inputs.weight.fill_(1.0)
+    inputs.vectors[2].fill_(float("inf"))
+    y = run(library, case, inputs, kind, SCHEDULES[0])[0]
+    assert (y[..., 1:-1, 1:-1] == float("inf")).all()
+    assert (y == 0).sum() == 8 * (6 * 7 - 4 * 5)
 
 
 def test_statistics_merge_over_levels(library: cuda.Library, ptx: cuda.Ptx) -> None:
@@ -272,13 +278,17 @@ def test_wrong_kernels_are_seen(name: str, tmp_path: Path) -> None:
     text = path.read_text()
     assert text.count(old) >= 1, old
     path.write_text(text.replace(old, new))
-    mutated = cuda.build(tmp_path / "tests" / "emulation" / "conv_forward_one.cpp", ["-O1", "-Wno-error"])
+    here = tmp_path / "tests" / "emulation"
+    mutated = cuda.build(here / "conv_forward_one.cpp", ["-O1", "-Wno-error"])
     case = Case(2, 40, 7, 9, 70, 3, 3, (2, 2), (2, 1), (2, 1))
     inputs = integers(case, "fp16")
-    found = 0
-    for executor in SCHEDULES:
+
+    def seen(executor: cuda.Executor) -> bool:
         try:
             assert_exact(run(mutated, case, inputs, "fp16", executor), truth_of(case, inputs))
         except (AssertionError, EmulationError):
-            found += 1
-    assert found, f"none of {len(SCHEDULES)} schedules saw it"
+            return True
+        return False
+
+    # What is read past a tensor's end and multiplied by zero shows in the PTX interpreter's guarded memory only.
+    assert any(map(seen, SCHEDULES)) or seen(cuda.Ptx(cuda.ptx(here / "conv_forward_one.cu")))

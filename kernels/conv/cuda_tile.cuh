@@ -112,15 +112,17 @@ FASTRES_DEVICE void right_columns(const unsigned char* columns, int half, uint32
 }
 
 // ---- Products -------------------------------------------------------------------------------------------------------------------------
-// A float as two that a tensor core reads without loss: high (the first 19 bits) and low (the rest of it, but for its last two bits).
-// An infinity or NaN is in `whole` only, for the product of the high parts; in the others it would meet zeros.
+// A float as two that a tensor core reads without loss (the first 19 bits): high, rounded to nearest, and low, what is left, rounded again.
+// An infinity or NaN, or what rounds to one, is in `whole` only, for the product of the high parts; in the others it would meet zeros.
 struct Halves {
   uint32_t whole, high, low;
   FASTRES_DEVICE explicit Halves(uint32_t bits) {
-    whole = bits & 0xffffe000u;
-    const bool finite = (bits & 0x7f800000u) != 0x7f800000u;
-    high = finite ? whole : 0u;
-    low = finite ? __float_as_uint(__uint_as_float(bits) - __uint_as_float(whole)) : 0u;
+    constexpr uint32_t half_unit = 0x1000u, kept = 0xffffe000u, exponent = 0x7f800000u;
+    const uint32_t nearest = (bits + half_unit) & kept;
+    const bool finite = (nearest & exponent) != exponent && (bits & exponent) != exponent;
+    whole = finite ? nearest : bits;
+    high = finite ? nearest : 0u;
+    low = finite ? __float_as_uint(__uint_as_float(bits) - __uint_as_float(nearest)) + half_unit : 0u;
   }
 };
 
