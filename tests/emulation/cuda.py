@@ -39,9 +39,7 @@ from emulation.ptx import run_ptx
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 BUILD = ROOT / "build" / "emulation"
-RUNTIME = tuple(
-    HERE / "device" / name for name in ("fibers.cpp", "shared.cpp", "warps.cpp", "launches.cpp", "checks.cpp")
-)
+RUNTIME = HERE / "device" / "runtime.cpp"
 # No equal functions made one (a recorded launch needs its kernel's own name), no variables shared between libraries.
 COMMON = (
     "-std=c++20",
@@ -116,10 +114,10 @@ class Library:
         executor.execute(self, function, problem, named)
 
     def call(self, function: str, *arguments: Any, result: Any = ctypes.c_int64) -> Any:
-        """A plain C function: structures are passed by their address."""
+        """A plain C function: structures and tensors are passed by their address."""
         found = getattr(self.functions, function)
         found.restype = result
-        return found(*(ctypes.byref(a) if isinstance(a, ctypes.Structure) else a for a in arguments))
+        return found(*map(_argument, arguments))
 
     def record(self, function: str, problem: ctypes.Structure) -> list[Recorded]:
         """The launches that the function makes; nothing runs."""
@@ -146,6 +144,12 @@ class Library:
         error = self._run(address, ctypes.addressof(problem), ctypes.byref(settings))
         if error is not None:
             raise_error(error.decode())
+
+
+def _argument(value: Any) -> Any:
+    if isinstance(value, ctypes.Structure):
+        return ctypes.byref(value)
+    return ctypes.c_void_p(value.data_ptr()) if isinstance(value, torch.Tensor) else value
 
 
 def raise_error(text: str) -> None:
@@ -220,9 +224,9 @@ class Ptx:
 def build(source: str | Path, flags: Iterable[str] = ()) -> Library:
     """Compiles a .cpp of tests/emulation (or any path) with the runtime; no compiler is an error."""
     source, flags = HERE / source, tuple(flags)
-    objects = [compiled((*COMMON, *WARNINGS, "-c"), file, ".o") for file in RUNTIME]
+    runtime = compiled((*COMMON, *WARNINGS, "-c"), RUNTIME, ".o")
     kernels = compiled((*COMMON, *WARNINGS, *CHECKS, *flags, "-c"), source, ".o")
-    return _loaded(linked(("-shared", "-ldl"), [kernels, *objects], source.stem, ".so"), source, flags)
+    return _loaded(linked(("-shared", "-ldl"), [kernels, runtime], source.stem, ".so"), source, flags)
 
 
 @functools.cache

@@ -8,6 +8,7 @@
 //   device/shared.cpp    static and dynamic shared memory
 //   device/launches.cpp  the launch of a grid, and what Python calls
 //   device/warps.cpp     shuffles, votes, matrix loads and matrix products
+//   device/copies.cpp    asynchronous copies
 //   device/checks.cpp    errors: what the compiler's own checks find, segmentation faults
 #pragma once
 

@@ -1,35 +1,17 @@
-// Sample kernels that the CUDA emulation is proven on, with errors to plant (FASTRES_PLANT). Compiled by g++ and by nvcc.
+// A sample kernel that the CUDA emulation is proven on, compiled by g++ and by nvcc, with errors to plant: a matrix product through the
+// tensor cores, with asynchronous copies.
 #pragma once
 
-#include "kernels/common/cuda_device.cuh"
-
-#ifndef FASTRES_PLANT
-#define FASTRES_PLANT 0
-#endif
+#include "plants.h"
 
 namespace samples {
 
 using namespace fastres::cuda;
 
-// Errors that can be planted.
-enum Plant : int {
-  kNothing,
-  kNoBarrierAfterWait,   // the tiles' copies are read without a barrier
-  kNoBarrierBeforeCopy,  // the next copies may overtake a warp that still reads: a write after a read
-  kWaitForTooFew,        // one group too many may be under way
-  kGuardOffByOne,        // one row past the end is read
-  kWrongFragment,        // operand b's registers are swapped
-  kMisaligned,           // a 16-byte store two elements off
-  kDivergentBarrier,     // only the first warp comes to a barrier
-  kSharedOverflow,       // one element past the end of shared memory is written
-  kNoBarrierBeforeSum,   // partial sums are read before all are there
-  kNarrowShuffle,        // the last step of the shuffles is left out
-};
-constexpr int kPlant = FASTRES_PLANT;
-
 template <class T>
 struct Gemm {
-  int m, n, k;  // any m; n a multiple of 8, k one of kDepth elements
+  Plant plant;
+  int m, n, k;  // any m; n even, k a multiple of 64 bytes
   const T* a;   // [m, k]
   const T* b;   // [n, k]
   T* out;       // [m, n]
@@ -51,7 +33,7 @@ __global__ void __launch_bounds__(kGemmThreads) gemm(Gemm<T> p) {
     const int row = thread / 4, vector = thread % 4;  // 32 rows of 4 x 16 bytes: one copy a thread and operand
     const int m = first_m + row, n = first_n + row;
     const int64_t at = static_cast<int64_t>(step) * kDepth + vector * kVector;
-    const bool valid_m = m < p.m + (kPlant == kGuardOffByOne), valid_n = n < p.n;
+    const bool valid_m = m < p.m + (p.plant == kGuardOffByOne), valid_n = n < p.n;
     copy_async<16>(tile(step % kStages, 0) + row * kPitch + vector * 16, p.a + m * static_cast<int64_t>(p.k) + at, valid_m);
     copy_async<16>(tile(step % kStages, 1) + row * kPitch + vector * 16, p.b + n * static_cast<int64_t>(p.k) + at, valid_n);
   };
@@ -62,10 +44,10 @@ __global__ void __launch_bounds__(kGemmThreads) gemm(Gemm<T> p) {
   for (int step = 0; step < steps; ++step) {
     if (step + 1 < steps) copy(step + 1);
     commit_copies();
-    wait_copies<kPlant == kWaitForTooFew ? 2 : 1>();
-    if (kPlant == kDivergentBarrier) {
+    p.plant == kWaitForTooFew ? wait_copies<2>() : wait_copies<1>();
+    if (p.plant == kDivergentBarrier) {
       if (warp == 0) __syncthreads();
-    } else if (kPlant != kNoBarrierAfterWait) {
+    } else if (p.plant != kNoBarrierAfterWait) {
       __syncthreads();
     }
     const int m = warp / 2 * 16, n = warp % 2 * 16;
@@ -75,20 +57,20 @@ __global__ void __launch_bounds__(kGemmThreads) gemm(Gemm<T> p) {
       load_matrices<false>(a, tile(step % kStages, 0) + (m + lane % 16) * kPitch + piece + lane / 16 * 16);
       load_matrices<false>(b, tile(step % kStages, 1) + (n + lane / 16 * 8 + lane % 8) * kPitch + piece + lane / 8 % 2 * 16);
       for (int half = 0; half < 2; ++half) {
-        const int low = kPlant == kWrongFragment ? 1 : 0;
-        const uint32_t pair[2] = {b[2 * half + low], b[2 * half + 1 - low]};
+        const bool wrong = p.plant == kWrongFragment;
+        const uint32_t pair[2] = {wrong ? b[2 * half + 1] : b[2 * half], wrong ? b[2 * half] : b[2 * half + 1]};
         multiply<T>(sum[half], a, pair);
       }
     }
-    if (kPlant != kNoBarrierBeforeCopy) __syncthreads();
+    if (p.plant != kNoBarrierBeforeCopy) __syncthreads();
   }
-  if (kPlant == kSharedOverflow && thread == 0) room[kStages * 2 * kTile * kPitch] = 1;
+  if (p.plant == kSharedOverflow && thread == 0) room[kStages * 2 * kTile * kPitch] = 1;
   for (int half = 0; half < 2; ++half) {
     for (int r = 0; r < 4; r += 2) {
       const int m = first_m + warp / 2 * 16 + lane / 4 + r * 4, n = first_n + warp % 2 * 16 + half * 8 + lane % 4 * 2;
       if (m < p.m && n < p.n) {
         const float pair[2] = {sum[half][r], sum[half][r + 1]};
-        store<2>(p.out + static_cast<int64_t>(m) * p.n + n + (kPlant == kMisaligned ? 1 : 0), pair);
+        store<2>(p.out + static_cast<int64_t>(m) * p.n + n + (p.plant == kMisaligned ? 1 : 0), pair);
       }
     }
   }

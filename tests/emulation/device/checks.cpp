@@ -105,3 +105,19 @@ FASTRES_OVERFLOW(divrem_overflow, "a division by zero, or too large for its type
 FASTRES_OVERFLOW(shift_out_of_bounds, "a shift by more bits than there are")
 }
 #endif
+
+#ifdef FASTRES_TSAN
+// The compiler marks volatile accesses by these calls: they are how a thread waits for another one, so they are no races.
+extern "C" {
+#define FASTRES_VOLATILE(bytes)                        \
+  void __tsan_volatile_read##bytes(void*) {}           \
+  void __tsan_volatile_write##bytes(void*) {}          \
+  void __tsan_unaligned_volatile_read##bytes(void*) {} \
+  void __tsan_unaligned_volatile_write##bytes(void*) {}
+FASTRES_VOLATILE(1)
+FASTRES_VOLATILE(2)
+FASTRES_VOLATILE(4)
+FASTRES_VOLATILE(8)
+FASTRES_VOLATILE(16)
+}
+#endif

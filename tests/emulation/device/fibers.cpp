@@ -9,6 +9,32 @@
 #include "scheduler.h"
 #include "switch.h"
 
+#ifdef __x86_64__
+asm(R"(
+  .text
+  .hidden emulation_switch
+  .globl emulation_switch
+  .type emulation_switch, @function
+emulation_switch:
+  pushq %rbp
+  pushq %rbx
+  pushq %r12
+  pushq %r13
+  pushq %r14
+  pushq %r15
+  movq %rsp, (%rdi)
+  movq %rsi, %rsp
+  popq %r15
+  popq %r14
+  popq %r13
+  popq %r12
+  popq %rbx
+  popq %rbp
+  ret
+  .size emulation_switch, . - emulation_switch
+)");
+#endif
+
 namespace emulation {
 
 const Place* here;
@@ -20,7 +46,7 @@ Settings settings;
 namespace {
 
 constexpr int kPatience = 64;  // passes that a warp is starved for
-constexpr int64_t kSpins = 20'000'000;
+constexpr int64_t kSpins = 2'000'000;
 
 std::vector<std::unique_ptr<Thread>> threads;
 std::vector<std::unique_ptr<Block>> blocks;
@@ -151,7 +177,7 @@ void start_block(Block& block, unsigned slot, uint64_t number) {
     t.copies.clear();
     t.groups.clear();
     t.landed = 0;
-    t.committed = 0;
+    t.committed = t.waited = 0;
     t.syncs = 0;
     set_ready(t);
     prepare_fiber(t, enter);

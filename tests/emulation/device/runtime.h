@@ -75,28 +75,40 @@ bool issue(const Copy& copy, const char* file, int line);
 void commit_copies();
 // The next copy that has to land before at most `groups` groups of this thread are left under way; null: no more.
 const Copy* next_landing(int groups);
+// ThreadSanitizer: what is done between these two is another thread's doing, which waits for this one, and for which this one waits only
+// in next_landing. `caller`: where reports say it was called.
+void begin_copy(void* caller);
+void end_copy();
 
+#define EMULATION_INLINE inline __attribute__((always_inline))
+
+// Values only, nothing in memory of the thread's own: that would race with the thread.
 template <class T>
-void land_as(const Copy& copy) {
-  *static_cast<T*>(copy.shared) = copy.valid ? *static_cast<const T*>(copy.global) : T{};
+EMULATION_INLINE void land_as(void* shared, const void* global, bool valid) {
+  *static_cast<T*>(shared) = valid ? *static_cast<const T*>(global) : T{0};
 }
-inline void land(const Copy& copy) {
-  if (copy.bytes == 16) land_as<Row>(copy);
-  if (copy.bytes == 8) land_as<uint64_t>(copy);
-  if (copy.bytes == 4) land_as<uint32_t>(copy);
+EMULATION_INLINE void land(void* shared, const void* global, int bytes, bool valid) {
+  if (bytes == 16) land_as<unsigned __int128>(shared, global, valid);
+  if (bytes == 8) land_as<uint64_t>(shared, global, valid);
+  if (bytes == 4) land_as<uint32_t>(shared, global, valid);
 }
 
 // Until it lands, the target is poisoned: nobody may use what is there.
-inline void copy_async(void* shared, const void* global, int bytes, bool valid, EMULATION_SITE) {
-  const Copy copy{shared, global, bytes, valid};
-  if (issue(copy, file, line)) {
-    land(copy);
-  } else {
+EMULATION_INLINE void copy_async(void* shared, const void* global, int bytes, bool valid, EMULATION_SITE) {
+  if (!issue({shared, global, bytes, valid}, file, line)) {
     memset(shared, 0xff, static_cast<size_t>(bytes));
+    return;
   }
+#ifdef FASTRES_TSAN
+  begin_copy(__builtin_return_address(0));
+  land(shared, global, bytes, valid);
+  end_copy();
+#else
+  land(shared, global, bytes, valid);
+#endif
 }
-inline void wait_copies(int groups) {
-  while (const Copy* copy = next_landing(groups)) land(*copy);
+EMULATION_INLINE void wait_copies(int groups) {
+  while (const Copy* copy = next_landing(groups)) land(copy->shared, copy->global, copy->bytes, copy->valid);
 }
 
 }  // namespace emulation

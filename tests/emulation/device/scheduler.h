@@ -29,6 +29,7 @@ struct Arrival {  // of a lane at a collective
 };
 
 struct Thread;
+constexpr int kGroups = 16;  // of copies that ThreadSanitizer tells apart
 
 struct Block {
   dim3 index;
@@ -55,8 +56,10 @@ struct Thread {
   std::vector<Copy> copies;  // under way, oldest first from `landed` on
   std::vector<int> groups;
   size_t landed = 0;
-  int committed = 0;
-  void* fiber = nullptr;       // ThreadSanitizer's
+  int committed = 0, waited = 0;  // groups
+  void* fiber = nullptr;          // ThreadSanitizer's
+  void* copier = nullptr;         // the fiber that makes this one's asynchronous copies
+  char issue_sync = 0, copy_sync[kGroups] = {};
   void* fake_stack = nullptr;  // AddressSanitizer's
   char sync[2] = {};           // of the warp, in its first lane
   unsigned syncs = 0;

@@ -14,6 +14,8 @@ void* __tsan_create_fiber(unsigned flags);
 void __tsan_switch_to_fiber(void* fiber, unsigned flags);
 void __tsan_acquire(void* object);
 void __tsan_release(void* object);
+void __tsan_func_entry(void* caller);
+void __tsan_func_exit();
 }
 #endif
 #ifdef FASTRES_ASAN
@@ -27,29 +29,6 @@ void __asan_unpoison_memory_region(const void* address, size_t size);
 #ifdef __x86_64__
 // Keeps what a called function has to keep on the old stack and takes it from the new one. No system call, unlike swapcontext.
 extern "C" void emulation_switch(void** old_stack, void* new_stack);
-asm(R"(
-  .text
-  .hidden emulation_switch
-  .globl emulation_switch
-  .type emulation_switch, @function
-emulation_switch:
-  pushq %rbp
-  pushq %rbx
-  pushq %r12
-  pushq %r13
-  pushq %r14
-  pushq %r15
-  movq %rsp, (%rdi)
-  movq %rsi, %rsp
-  popq %r15
-  popq %r14
-  popq %r13
-  popq %r12
-  popq %rbx
-  popq %rbp
-  ret
-  .size emulation_switch, . - emulation_switch
-)");
 #endif
 
 namespace emulation {

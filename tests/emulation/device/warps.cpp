@@ -204,31 +204,4 @@ void check_shared(const void* shared, int bytes, const char* what, const char* f
   }
 }
 
-// ---- Asynchronous copies --------------------------------------------------------------------------------------------------------------
-bool issue(const Copy& copy, const char* file, int line) {
-  check_shared(copy.shared, copy.bytes, "the target of copy_async", file, line);
-  if (copy.valid && reinterpret_cast<uintptr_t>(copy.global) % static_cast<uintptr_t>(copy.bytes) != 0) {
-    fail("Misaligned", "copy_async: the source isn't a multiple of %d bytes, %s (%s:%d)", copy.bytes, place_name(*current).c_str(), file,
-         line);
-  }
-  Thread& t = *current;
-  if (settings.landing == Landing::early || (settings.landing == Landing::random && random_number() % 2 == 0)) return true;
-  t.copies.push_back(copy);
-  t.groups.push_back(t.committed);
-  return false;
-}
-
-void commit_copies() { ++current->committed; }
-
-const Copy* next_landing(int groups) {
-  Thread& t = *current;
-  if (t.landed < t.copies.size() && t.groups[t.landed] < t.committed - groups) return &t.copies[t.landed++];
-  if (t.landed == t.copies.size()) {
-    t.copies.clear();
-    t.groups.clear();
-    t.landed = 0;
-  }
-  return nullptr;
-}
-
 }  // namespace emulation
