@@ -224,7 +224,7 @@ class Ptx:
 def build(source: str | Path, flags: Iterable[str] = ()) -> Library:
     """Compiles a .cpp of tests/emulation (or any path) with the runtime; no compiler is an error."""
     source, flags = HERE / source, tuple(flags)
-    runtime = compiled((*COMMON, *WARNINGS, "-c"), RUNTIME, ".o")
+    runtime = compiled((*COMMON, *WARNINGS, "-fvisibility=hidden", "-c"), RUNTIME, ".o")
     kernels = compiled((*COMMON, *WARNINGS, *CHECKS, *flags, "-c"), source, ".o")
     return _loaded(linked(("-shared", "-ldl"), [kernels, runtime], source.stem, ".so"), source, flags)
 

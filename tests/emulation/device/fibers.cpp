@@ -50,6 +50,7 @@ constexpr int64_t kSpins = 2'000'000;
 
 std::vector<std::unique_ptr<Thread>> threads;
 std::vector<std::unique_ptr<Block>> blocks;
+std::vector<Warp> warps;
 std::vector<uint32_t> ready;  // a bit a thread, a word a warp
 unsigned warps_of_block, used, unfinished;
 unsigned cursor;
@@ -148,9 +149,10 @@ void reschedule() {
   if (b.waiting != 0) {
     fail("Divergence", "%s leaves the kernel while others wait at the barrier %s:%d", place_name(t).c_str(), b.file, b.line);
   }
-  for (unsigned lane = 0; lane < kLanes; ++lane) {
-    const Thread& other = *threads[t.number / kLanes * kLanes + lane];
-    if (other.state == Thread::at_collective && other.arrival.mask >> t.number % kLanes & 1) {
+  t.warp->left |= 1u << t.number % kLanes;
+  for (uint32_t waiting = t.warp->waiting; waiting != 0; waiting &= waiting - 1) {
+    const Thread& other = *t.warp->lanes[lowest(waiting)];
+    if (other.arrival.mask >> t.number % kLanes & 1) {
       fail("Divergence", "%s leaves the kernel while %s waits for it at %s (%s:%d)", place_name(t).c_str(), place_name(other).c_str(),
            collective_names[static_cast<int>(other.arrival.what)], other.file, other.line);
     }
@@ -174,6 +176,9 @@ void start_block(Block& block, unsigned slot, uint64_t number) {
     t.place.thread = dim3(n % block_size.x, n / block_size.x % block_size.y, n / block_size.x / block_size.y);
     t.place.block = block.index;
     t.block = &block;
+    t.warp = &warps[t.number / kLanes];
+    t.warp->lanes[t.number % kLanes] = &t;
+    t.warp->left &= ~(1u << t.number % kLanes);
     t.copies.clear();
     t.groups.clear();
     t.landed = 0;
@@ -198,6 +203,7 @@ void reserve(unsigned count) {
   warps_of_block = (block_size.x * block_size.y * block_size.z + kLanes - 1) / kLanes;
   used = count * warps_of_block * kLanes;
   ready.assign(used / kLanes, 0);
+  warps.resize(used / kLanes);
   while (blocks.size() < count) blocks.push_back(std::make_unique<Block>());
   if (threads.size() >= used) return;
   const size_t page = 4096, more = used - threads.size();
@@ -217,6 +223,7 @@ void run_blocks(uint64_t first, unsigned count, void (*call)(const void*), const
   body_arguments = arguments;
   for (unsigned n = 0; n < used; ++n) threads[n]->state = Thread::done;
   std::fill(ready.begin(), ready.end(), 0);
+  for (Warp& warp : warps) warp.waiting = 0, warp.left = ~0u;
   for (unsigned n = 0; n < count; ++n) start_block(*blocks[n], n, first + n);
   unfinished = count * blocks[0]->size;
   cursor = settings.order == Order::forward ? used - 1 : 0;
@@ -231,7 +238,6 @@ void run_blocks(uint64_t first, unsigned count, void (*call)(const void*), const
 }
 
 Block& block_at(unsigned slot) { return *blocks[slot]; }
-Thread& lane_of(unsigned lane) { return *threads[current->number / kLanes * kLanes + lane]; }
 
 void switch_to(Thread& next) {
   Thread& before = *current;
@@ -276,7 +282,7 @@ void barrier(const char* file, int line) {
   if (b.left != 0) {
     fail("Divergence", "%s waits at the barrier %s:%d, but %u threads have left", place_name(*current).c_str(), file, line, b.left);
   }
-  if (b.waiting != 0 && (b.line != line || strcmp(b.file, file) != 0)) {
+  if (b.waiting != 0 && (b.line != line || (b.file != file && strcmp(b.file, file) != 0))) {
     fail("Divergence", "%s waits at the barrier %s:%d, others wait at %s:%d", place_name(*current).c_str(), file, line, b.file, b.line);
   }
   b.file = file;

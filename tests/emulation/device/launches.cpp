@@ -86,6 +86,7 @@ void launch_raw(const void* kernel, const LaunchShape& shape, void (*call)(const
 }  // namespace emulation
 
 // ---- What Python calls ----------------------------------------------------------------------------------------------------------------
+#pragma GCC visibility push(default)
 extern "C" {
 
 using namespace emulation;
@@ -126,3 +127,4 @@ void emulation_launch(int number, LaunchRecord* out) {
           r.bytes.size(), r.bytes.data(),  r.places.data(), r.shape.cooperative};
 }
 }
+#pragma GCC visibility pop

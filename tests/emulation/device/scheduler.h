@@ -42,6 +42,12 @@ struct Block {
   char sync[2] = {};                   // what ThreadSanitizer knows barriers by, in turn
 };
 
+struct Warp {
+  Thread* lanes[32];
+  uint32_t waiting, left;  // lanes at a collective; lanes that have left the kernel, or never were
+  char sync[2];
+};
+
 struct Thread {
   enum State : unsigned char { ready, at_barrier, at_collective, done };
   Place place;
@@ -52,6 +58,7 @@ struct Thread {
   const char* file = nullptr;
   int line = 0;
   Block* block = nullptr;
+  Warp* warp = nullptr;
   Arrival arrival{};
   std::vector<Copy> copies;  // under way, oldest first from `landed` on
   std::vector<int> groups;
@@ -61,8 +68,7 @@ struct Thread {
   void* copier = nullptr;         // the fiber that makes this one's asynchronous copies
   char issue_sync = 0, copy_sync[kGroups] = {};
   void* fake_stack = nullptr;  // AddressSanitizer's
-  char sync[2] = {};           // of the warp, in its first lane
-  unsigned syncs = 0;
+  unsigned syncs = 0;          // of its warp
 };
 
 extern Thread* current;
@@ -79,7 +85,6 @@ void reserve(unsigned blocks);
 // Runs the blocks of the grid from number `first` on, `count` of them at once, until all threads have left or one has failed.
 void run_blocks(uint64_t first, unsigned count, void (*body)(const void*), const void* arguments);
 Block& block_at(unsigned slot);
-Thread& lane_of(unsigned lane);  // of the warp of the thread that runs
 uint64_t random_number();
 void set_ready(Thread& thread);
 void wait_in(Thread::State state, const char* file, int line);  // until another thread makes this one ready

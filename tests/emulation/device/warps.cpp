@@ -15,7 +15,7 @@ constexpr int kWidth = static_cast<int>(kLanes);
 
 bool in(uint32_t mask, int lane) { return mask >> lane & 1; }
 
-void exchange(uint32_t mask, Thread* const (&lanes)[kWidth]) {
+void exchange(uint32_t mask, Thread* const (&lanes)[32]) {
   uint64_t values[kWidth] = {}, results[kWidth] = {};
   uint32_t votes = 0;
   for (int n = 0; n < kWidth; ++n) {
@@ -47,7 +47,7 @@ void exchange(uint32_t mask, Thread* const (&lanes)[kWidth]) {
 }
 
 // Lane 4·g + q gets word q of row g of each matrix; transposed, elements 2q and 2q + 1 of column g.
-void distribute(Thread* const (&lanes)[kWidth], bool transposed) {
+void distribute(Thread* const (&lanes)[32], bool transposed) {
   uint16_t rows[32][8];
   for (int n = 0; n < kWidth; ++n) memcpy(rows[n], lanes[n]->arrival.a, 16);
   for (int n = 0; n < kWidth; ++n) {
@@ -79,7 +79,7 @@ void widen(uint32_t bits, double* out) {
 }
 
 template <Kind K>
-void product(Thread* const (&lanes)[kWidth]) {
+void product(Thread* const (&lanes)[32]) {
   constexpr int P = K == Kind::tf32 ? 1 : 2, D = 8 * P;  // elements of a register, of the reduction
   double a[16][D], b[D][8], d[16][8];
   for (int n = 0; n < kWidth; ++n) {
@@ -108,8 +108,7 @@ void product(Thread* const (&lanes)[kWidth]) {
 }
 
 void perform(uint32_t mask) {
-  Thread* lanes[kWidth];
-  for (unsigned n = 0; n < kLanes; ++n) lanes[n] = &lane_of(n);
+  Thread* const(&lanes)[32] = current->warp->lanes;
   const Arrival& a = current->arrival;
   switch (a.what) {
     case Collective::sync: return;
@@ -128,34 +127,30 @@ void perform(uint32_t mask) {
 // Where this lane's arrival completes the mask the work is done and the others may go on; else it waits.
 void meet(const char* file, int line) {
   Thread& me = *current;
+  Warp& warp = *me.warp;
   const Arrival& mine = me.arrival;
   const char* name = collective_names[static_cast<int>(mine.what)];
-  const unsigned self = me.number % kLanes;
-  if (!in(mine.mask, static_cast<int>(self)))
-    fail("Divergence", "%s (%s:%d) with a mask without %s", name, file, line, place_name(me).c_str());
-  bool all = true;
-  for (unsigned n = 0; n < kLanes; ++n) {
-    if (n == self || !in(mine.mask, static_cast<int>(n))) continue;
-    const Thread& other = lane_of(n);
-    if (other.state == Thread::done) {
-      fail("Divergence", "%s waits at %s (%s:%d) for lane %u, which has left or doesn't exist", place_name(me).c_str(), name, file, line,
-           n);
-    }
-    if (other.state != Thread::at_collective) {
-      all = false;
-      continue;
-    }
+  const uint32_t self = 1u << me.number % kLanes, others = warp.waiting & mine.mask;
+  if ((mine.mask & self) == 0) fail("Divergence", "%s (%s:%d) with a mask without %s", name, file, line, place_name(me).c_str());
+  if ((mine.mask & warp.left) != 0) {
+    fail("Divergence", "%s waits at %s (%s:%d) for lane %d, which has left or doesn't exist", place_name(me).c_str(), name, file, line,
+         __builtin_ctz(mine.mask & warp.left));
+  }
+  if (others != 0) {  // they agree among themselves: one of them is enough
+    const Thread& other = *warp.lanes[__builtin_ctz(others)];
     const Arrival& its = other.arrival;
-    if (its.what != mine.what || its.mask != mine.mask || other.line != line || strcmp(other.file, file) != 0) {
+    if (its.what != mine.what || its.mask != mine.mask || other.line != line || (other.file != file && strcmp(other.file, file) != 0)) {
       fail("Divergence", "lanes of a warp meet at different places: %s at %s (%s:%d), %s at %s (%s:%d)", place_name(me).c_str(), name, file,
            line, place_name(other).c_str(), collective_names[static_cast<int>(its.what)], other.file, other.line);
     }
   }
-  if (!all) return wait_in(Thread::at_collective, file, line);
-  perform(mine.mask);
-  for (unsigned n = 0; n < kLanes; ++n) {
-    if (in(mine.mask, static_cast<int>(n))) set_ready(lane_of(n));
+  if ((others | self) != mine.mask) {
+    warp.waiting |= self;
+    return wait_in(Thread::at_collective, file, line);
   }
+  perform(mine.mask);
+  warp.waiting &= ~mine.mask;
+  for (uint32_t rest = others; rest != 0; rest &= rest - 1) set_ready(*warp.lanes[__builtin_ctz(rest)]);
 }
 
 }  // namespace
@@ -167,8 +162,7 @@ uint64_t collective(Collective what, uint32_t mask, uint64_t value, int argument
     meet(file, line);
     return current->arrival.value;
   }
-  Thread& first = lane_of(0);  // memory is ordered by __syncwarp only
-  void* object = &first.sync[current->syncs++ & 1];
+  void* object = &current->warp->sync[current->syncs++ & 1];  // memory is ordered by __syncwarp only
   release(object);
   meet(file, line);
   acquire(object);
