@@ -237,7 +237,7 @@ def _loaded(path: Path, source: Path, flags: tuple[str, ...]) -> Library:
 @functools.cache
 def ptx(source: str | Path, flags: tuple[str, ...] = ()) -> str:
     """The PTX for sm_80 that nvcc makes of a .cu of tests/emulation (or any path)."""
-    options = ("-ptx", "-arch=sm_80", "-std=c++20", f"-I{ROOT}", f"-I{HERE}", *flags)
+    options = ("-ptx", "-arch=sm_80", "-lineinfo", "-std=c++20", f"-I{ROOT}", f"-I{HERE}", *flags)
     return compiled(options, HERE / source, ".ptx", compiler="nvcc").read_text()
 
 

@@ -115,7 +115,7 @@ def _product(r: Registers, i: Instruction) -> Run:
         _refuse(i, "sat")
 
         def fused(mask: Mask) -> None:  # a product of two floats is exact in double
-            value = np.multiply(a(), b(), dtype=np.float64) + c[0]()
+            value = _added_to_product(np.multiply(a(), b(), dtype=np.float64), c[0](), kind == "f32")
             value = (
                 value
                 if kind == "f64"
@@ -149,6 +149,17 @@ def _product(r: Registers, i: Instruction) -> Run:
         return value if extra is None else value + extra
 
     return _computed(r.writer(target, result), compute)
+
+
+def _added_to_product(product: Values, addend: Values, rounds: bool) -> Values:
+    """The sum in double; with ``rounds`` never a tie of two floats by accident, so that rounding it again is right."""
+    total = np.add(product, addend, dtype=np.float64)
+    if rounds and (tie := (np.atleast_1d(total).view(np.int64) & 0x1FFFFFFF) == 0x10000000).any():
+        total, product, addend = np.broadcast_arrays(np.atleast_1d(total), product, addend.astype(np.float64))
+        back = total - product  # what the sum lost, exactly
+        lost = (product - (total - back)) + (addend - back)
+        total = np.where(tie & (lost != 0), np.nextafter(total, np.copysign(np.inf, lost)), total)
+    return total
 
 
 def _high_64(r: Registers, i: Instruction) -> Run:

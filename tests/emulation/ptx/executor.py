@@ -18,6 +18,7 @@ from emulation.ptx.machine import Machine
 from emulation.ptx.parser import parse
 from fastres.kernels.common.triton_launch import Launch
 
+MACHINES = 64  # that are kept
 THREADS = 1024  # that run side by side: as many blocks as fit
 
 
@@ -75,6 +76,8 @@ def run_ptx(
         blocks = min(width, count - first)
         key = (text, entry, threads, blocks, shared)
         if key not in _machines:
+            while len(_machines) >= MACHINES:
+                del _machines[next(iter(_machines))]
             _machines[key] = Machine(parse(text, entry), threads, blocks, shared)
         machine = _machines[key]
         for (name, kind, _), value in zip(machine.kernel.parameters, values, strict=True):

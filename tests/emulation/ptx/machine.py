@@ -24,12 +24,14 @@ LIMIT = 5_000_000  # instructions of one group of blocks
 
 
 class Machine:
-    """A kernel for ``blocks`` blocks of ``threads`` threads with ``shared`` bytes of shared memory each."""
+    """A kernel for ``blocks`` blocks of ``threads`` threads with ``shared`` bytes of dynamic shared memory each."""
 
     def __init__(self, kernel: Kernel, threads: int, blocks: int, shared: int) -> None:
         self.kernel, self.threads, self.blocks = kernel, threads, blocks
         self.registers = Registers(kernel, threads, blocks)
-        self.shared = SharedMemory(max(shared, kernel.static_shared), blocks, threads, shared_width(kernel))
+        self.shared = SharedMemory(
+            max(kernel.dynamic_shared + shared, kernel.static_shared), blocks, threads, shared_width(kernel)
+        )
         self.memories = Memories(self.registers, self.shared)
         self.steps = [self._build(i) for i in kernel.code]
         self.executed = np.zeros(len(self.steps), np.int64)

@@ -35,6 +35,7 @@ class Kernel:
     registers: dict[str, int] = field(default_factory=dict)  # bits by name
     shared: dict[str, int] = field(default_factory=dict)  # offsets by symbol
     static_shared: int = 0
+    dynamic_shared: int = 0  # where dynamic shared memory begins
     code: list[Instruction] = field(default_factory=list)
     labels: dict[str, int] = field(default_factory=dict)
 
@@ -60,10 +61,11 @@ def parse(text: str, entry: str | None = None) -> Kernel:
         int(threads[1]) if threads else None,
     )
     place, pending = "", ""
+    files = dict(re.findall(r'^\s*\.file\s+(\d+)\s+"([^"]*)"', text, re.M))
     for line in _body(text, found.end()).splitlines():
         code, _, comment = line.partition("//")
-        if code.strip().startswith(".loc"):
-            place = comment.strip() or place
+        if (stripped := code.strip()).startswith(".loc"):
+            place = comment.strip() or _place(stripped, files) or place
             continue
         pending += code + "\n"
         *complete, pending = pending.split(";")
@@ -73,9 +75,16 @@ def parse(text: str, entry: str | None = None) -> Kernel:
             kernel.labels[_LABEL.match(pending.strip())[1]] = len(kernel.code)  # type: ignore[index]
             pending = ""
     _statement(kernel, " ".join(pending.split()), place)
-    for name in re.findall(r"\.extern\s+\.shared\s+\.align\s+\d+\s+\.\w+\s+([\w$]+)\[\]", text):
-        kernel.shared[name] = -(-kernel.static_shared // 128) * 128
+    for align, name in re.findall(r"\.extern\s+\.shared\s+\.align\s+(\d+)\s+\.\w+\s+([\w$]+)\[\]", text):
+        kernel.dynamic_shared = -(-kernel.static_shared // int(align)) * int(align)
+        kernel.shared[name] = kernel.dynamic_shared
     return kernel
+
+
+def _place(location: str, files: dict[str, str]) -> str:
+    """What ``.loc file line column, ..., inlined_at file line column`` says: file:line, and where it was inlined."""
+    places = re.findall(r"(?:\.loc|inlined_at)\s+(\d+)\s+(\d+)", location)
+    return ", in ".join(f"{files[number].rpartition('/')[2]}:{line}" for number, line in places if number in files)
 
 
 def _body(text: str, start: int) -> str:
