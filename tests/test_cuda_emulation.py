@@ -18,7 +18,8 @@ from emulation.errors import (
     SharedMemoryError,
     SharedMemoryRace,
 )
-from emulation.ptx import ptx_executor
+from emulation.memory import GuardedMemory
+from emulation.ptx import ptx_executor, run_ptx
 from emulation.sanitized import Sanitized
 
 
@@ -144,6 +145,38 @@ def test_fragments_are_tritons(function):
     assert torch.equal(out, (expected + 4096).relu().to(a.dtype))
     for executor in (cuda.Fibers(), ptx()):
         assert torch.equal(gemm(function, executor, a=a, b=b), expected.to(a.dtype))
+
+
+def test_static_and_dynamic_shared_memory_together():
+    """With fused products, to the bit."""
+    x, results = torch.randn(20, 200), []
+    for executor in (*cuda.fibers(), THREAD, ADDRESS, ptx()):
+        out = torch.full((20,), float("nan"))
+        problem = Sums(0, *x.shape, x.data_ptr(), out.data_ptr())
+        library().run("run_fused_sums", problem, executor, {"x": x, "out": out})
+        results.append(out)
+        assert torch.equal(out, results[0]), executor
+
+
+FUSED = """
+.visible .entry fused(.param .u64 p) {
+  .reg .b64 %rd<2>; .reg .b32 %f<5>;
+  ld.param.u64 %rd1, [p];
+  ld.global.v2.f32 {%f1, %f2}, [%rd1];
+  ld.global.f32 %f3, [%rd1+8];
+  fma.rn.f32 %f4, %f1, %f2, %f3;
+  st.global.f32 [%rd1+12], %f4;
+  ret;
+}"""
+
+
+def test_the_interpreter_rounds_a_fused_product_once():
+    """The sum ends a little above a tie of two floats, so little that a double has lost it before it is rounded again."""
+    for sign in (1, -1):
+        for x, y in ((12895669, 12021954), (15953599, 13301434), (15094723, 9250781)):  # odd * 2^40 + less than 2^11
+            numbers = torch.tensor([sign * x, y, sign * 2.0**64, float("nan")])
+            run_ptx(FUSED, GuardedMemory({"p": numbers}), (1,), 1, 0, [numbers.data_ptr()])
+            assert abs(int(numbers[3]) - sign * (x * y + 2**64)) < 2**40  # half the distance of floats there
 
 
 def test_half_conversions():

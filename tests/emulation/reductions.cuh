@@ -52,6 +52,22 @@ __global__ void warp_sums(Sums p) {
   if (lane == 0 && row < p.rows) p.out[row] = sum;
 }
 
+// out[row]: the rows' sums of fused products x*y + z of neighbours in a row, in the block's static and dynamic shared memory.
+__global__ void fused_sums(Sums p) {
+  FASTRES_DYNAMIC_SHARED(room);  // [kSumThreads]
+  __shared__ float own[kSumThreads];
+  float* const products = reinterpret_cast<float*>(room);
+  const int thread = static_cast<int>(threadIdx.x);
+  const float* row = p.x + static_cast<int64_t>(blockIdx.x) * p.columns;
+  products[thread] = fmaf(row[thread], row[thread + 1], row[thread + 2]);
+  own[thread] = row[thread];
+  __syncthreads();
+  float sum = 0;
+  for (int t = thread; t < kSumThreads; t += 32) sum = fmaf(products[t], own[kSumThreads - 1 - t], sum);
+  for (int by = 16; by > 0; by /= 2) sum += __shfl_down_sync(kAllLanes, sum, by);
+  if (thread == 0) p.out[blockIdx.x] = sum;
+}
+
 // out[0]: all blocks at once. Each adds up its rows and waits for the others; the first adds up all.
 template <bool Static>
 __global__ void grid_sum(Sums p) {
@@ -85,6 +101,9 @@ __global__ void grid_sum(Sums p) {
 #ifdef FASTRES_LAUNCH
 inline void launch_block_sums(const Sums& p, void* stream) {
   FASTRES_LAUNCH(block_sums, dim3(static_cast<unsigned>(p.rows)), dim3(kSumThreads), 0, stream, p);
+}
+inline void launch_fused_sums(const Sums& p, void* stream) {
+  FASTRES_LAUNCH(fused_sums, dim3(static_cast<unsigned>(p.rows)), dim3(kSumThreads), kSumThreads * sizeof(float), stream, p);
 }
 inline void launch_warp_sums(const Sums& p, void* stream) {
   FASTRES_LAUNCH(warp_sums, dim3(static_cast<unsigned>((p.rows + 3) / 4)), dim3(kSumThreads), 0, stream, p);

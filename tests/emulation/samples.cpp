@@ -15,6 +15,7 @@ void gemm_bfloat(const Gemm<BFloat>* p) { launch_gemm(*p, nullptr); }
 void gemm_float(const Gemm<float>* p) { launch_gemm(*p, nullptr); }
 void run_block_sums(const Sums* p) { launch_block_sums(*p, nullptr); }
 void run_warp_sums(const Sums* p) { launch_warp_sums(*p, nullptr); }
+void run_fused_sums(const Sums* p) { launch_fused_sums(*p, nullptr); }
 void run_grid_sum(const Sums* p) { launch_grid_sum<false>(*p, nullptr); }
 void run_grid_sum_static(const Sums* p) { launch_grid_sum<true>(*p, nullptr); }
 uint64_t gemm_size() { return sizeof(Gemm<float>); }

@@ -157,6 +157,7 @@ void reschedule() {
            collective_names[static_cast<int>(other.arrival.what)], other.file, other.line);
     }
   }
+  for (char& group : t.copy_sync) acquire(&group);  // copies that nobody needs end with the block
   release(&end_sync);
   if (--unfinished == 0) switch_to(main_thread);
   reschedule();

@@ -54,6 +54,7 @@ void fail(const char* kind, const char* format, ...) {
     abort();
   }
   if (here == nullptr) longjmp(escape, 1);
+  release(&error);
   switch_to(main_thread);
   abort();
 }
@@ -76,6 +77,7 @@ void launch_raw(const void* kernel, const LaunchShape& shape, void (*call)(const
   resident_blocks = at_once;
   for (uint64_t first = 0; first < total; first += at_once) {
     run_blocks(first, at_once, call, arguments);
+    acquire(&error);
     if (!error.empty()) longjmp(escape, 1);
     for (unsigned n = 0; n < at_once; ++n) check_canary(block_at(n));
   }
@@ -105,6 +107,9 @@ const char* emulation_run(void (*function)(const void*), const void* problem, co
   if (setjmp(escape) == 0) function(problem);
   remove_handlers();
   inside = false;
+#ifdef FASTRES_TSAN
+  if (!error.empty()) return error.c_str();  // memory that threads which never ended have used stays
+#endif
   free_blocks();
   return error.empty() ? nullptr : error.c_str();
 }

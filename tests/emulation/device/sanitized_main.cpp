@@ -73,7 +73,7 @@ int main(int count, char** arguments) {
   const char* error = emulation_run(reinterpret_cast<void (*)(const void*)>(function), problem.data(), &settings);
   if (error != nullptr) {
     fprintf(stderr, "EMULATION %s\n", error);
-    return 3;
+    _Exit(3);  // threads that never ended have used what main would destroy
   }
   FILE* out = fopen(arguments[2], "wb");
   if (out == nullptr) return 2;

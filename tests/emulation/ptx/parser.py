@@ -76,7 +76,7 @@ def parse(text: str, entry: str | None = None) -> Kernel:
             pending = ""
     _statement(kernel, " ".join(pending.split()), place)
     for align, name in re.findall(r"\.extern\s+\.shared\s+\.align\s+(\d+)\s+\.\w+\s+([\w$]+)\[\]", text):
-        kernel.dynamic_shared = -(-kernel.static_shared // int(align)) * int(align)
+        kernel.dynamic_shared = max(kernel.dynamic_shared, -(-kernel.static_shared // int(align)) * int(align))
         kernel.shared[name] = kernel.dynamic_shared
     return kernel
 
