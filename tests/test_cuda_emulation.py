@@ -2,6 +2,7 @@
 
 import ctypes
 import functools
+import re
 from enum import IntEnum
 
 import pytest
@@ -10,11 +11,13 @@ from emulation import cuda
 from emulation import sample_kernels as triton_samples
 from emulation.cuda_problems import check
 from emulation.errors import (
+    Crash,
     Divergence,
     EmulationError,
     Hang,
     Misaligned,
     OutOfBounds,
+    Overflow,
     SharedMemoryError,
     SharedMemoryRace,
 )
@@ -206,7 +209,7 @@ FOUND = {
     ("gemm_half", Plant.GUARD_OFF_BY_ONE): {"address": OutOfBounds, "ptx": OutOfBounds},
     ("gemm_half", Plant.WRONG_FRAGMENT): {"fibers": None, "ptx": None},
     ("gemm_half", Plant.MISALIGNED): {"fibers": Misaligned, "address": Misaligned, "ptx": Misaligned},
-    ("gemm_half", Plant.DIVERGENT_BARRIER): {"fibers": Divergence},
+    ("gemm_half", Plant.DIVERGENT_BARRIER): {"fibers": Divergence, "thread": EmulationError, "ptx": EmulationError},
     ("gemm_half", Plant.SHARED_OVERFLOW): {"fibers": SharedMemoryError, "address": SharedMemoryError, "ptx": SharedMemoryError},
     ("run_block_sums", Plant.NO_BARRIER_BEFORE_SUM): {"fibers": None, "thread": SharedMemoryRace, "ptx": SharedMemoryRace},
     ("run_block_sums", Plant.NO_BARRIER_IN_TREE): {"fibers": None, "thread": SharedMemoryRace, "ptx": SharedMemoryRace},
@@ -241,3 +244,25 @@ def test_planted(function, plant, kind):
                 run(function, executor, plant)
             assert "gemm" in str(found.value) or function[4:] in str(found.value)  # where it happened
     assert error is not None or (any(wrong) if kind in ("fibers", "late") else all(wrong)), wrong
+
+
+def test_host_code_and_addresses_fail_with_a_message():
+    numbers = integers(64, 64, dtype=torch.float16)
+    for m, a, error, words in (
+        (0, numbers.data_ptr(), EmulationError, r"a grid of \(0, 2, 1\)"),
+        (2**31 - 1, numbers.data_ptr(), Overflow, "a sum is too large"),
+        (64, 4096, Crash, "segmentation fault at address 0x1"),
+    ):
+        problem = Gemm(0, m, 64, 64, a, numbers.data_ptr(), 4096)
+        for executor in cuda.fibers():
+            with pytest.raises(error, match=words):
+                library().run("gemm_half", problem, executor, {"numbers": numbers})
+    assert gemm("gemm_half", cuda.Fibers())  # and the next launch runs
+
+
+def test_what_the_wheel_holds_can_be_read():
+    path = cuda.ROOT / "fastres" / "_cuda.so"
+    if not path.exists():
+        pytest.skip("built without CUDA")
+    text = cuda.ptx_of_library(path, "sm_120")
+    assert re.search(r"\.entry \w*forward_rows", text) and cuda.ptx_of_library(path, "sm_70") is None

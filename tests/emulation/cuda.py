@@ -146,6 +146,15 @@ class Library:
             raise_error(error.decode())
 
 
+def relative(text: str) -> str:
+    """Paths in the repository are shown from its root."""
+    return re.sub(
+        r"/[^\s:()]+(?=:\d)",
+        lambda m: os.path.relpath(m[0], ROOT) if os.path.normpath(m[0]).startswith(f"{ROOT}/") else m[0],
+        text,
+    )
+
+
 def _argument(value: Any) -> Any:
     if isinstance(value, ctypes.Structure):
         return ctypes.byref(value)
@@ -154,6 +163,7 @@ def _argument(value: Any) -> Any:
 
 def raise_error(text: str) -> None:
     kind, _, message = text.partition(": ")
+    message = relative(message)
     raise getattr(errors, kind, errors.EmulationError)(message)
 
 
@@ -242,15 +252,14 @@ def ptx(source: str | Path, flags: tuple[str, ...] = ()) -> str:
 
 
 @functools.cache
-def ptx_of_library(path: Path = ROOT / "fastres" / "_cuda.so") -> str | None:
-    """The sm_80 PTX inside a compiled library, or None if it holds machine code only."""
+def ptx_of_library(path: Path = ROOT / "fastres" / "_cuda.so", arch: str = "sm_80") -> str | None:
+    """The PTX for ``arch`` inside a compiled library, or None if it has only machine code for it."""
     from benchmarks.cubin import tools
 
-    with tempfile.TemporaryDirectory() as folder:
-        command = [str(tools() / "cuobjdump"), "-ptx", "-arch", "sm_80", str(path)]
-        text = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stdout
-    parts = re.findall(r"^\.version.*?(?=^Fatbin|\Z)", text, re.S | re.M)
-    return "\n".join(part for part in parts if ".target sm_80" in part) or None
+    command = [str(tools() / "cuobjdump"), "--dump-ptx", str(path)]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    parts = re.findall(r"^\.version.*?(?=^Fatbin|^=====|\Z)", text, re.S | re.M)
+    return "\n".join(part for part in parts if f".target {arch}\n" in part) or None
 
 
 # ---- Compiling: kept by the contents of everything that goes in -------------------------------------------------------

@@ -108,7 +108,7 @@ def raise_report(text: str) -> None:
     lines = re.findall(r"#\d+ .*? in (.*)|#\d+ (.*)", text)
     where = [re.sub(r" \(\S+\+0x.*", "", line) for pair in lines for line in pair if line and ".cu" in line]
     summary = next((line for line in text.splitlines() if "SUMMARY" in line or "runtime error" in line), text[-500:])
-    message = f"{summary.strip()}; {'; '.join(dict.fromkeys(where[:6]))}"
+    message = cuda.relative(f"{summary.strip()}; {'; '.join(dict.fromkeys(where[:6]))}")
     if "ThreadSanitizer" in text:
         raise errors.SharedMemoryRace(message)
     if "misaligned address" in text:

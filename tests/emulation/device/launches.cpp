@@ -1,4 +1,5 @@
 // Launches: run, or recorded for Python; what Python calls; errors.
+#include <cxxabi.h>
 #include <dlfcn.h>
 #include <setjmp.h>
 #include <stdarg.h>
@@ -48,7 +49,11 @@ void fail(const char* kind, const char* format, ...) {
   vsnprintf(text, sizeof text, format, arguments);
   va_end(arguments);
   error = std::string(kind) + ": " + text;
-  if (*kernel_name) error += std::string(", in ") + kernel_name;
+  if (*kernel_name) {
+    char* readable = abi::__cxa_demangle(kernel_name, nullptr, nullptr, nullptr);
+    error += std::string(", in ") + (readable != nullptr ? readable : kernel_name);
+    free(readable);
+  }
   if (!inside) {
     fprintf(stderr, "%s\n", error.c_str());
     abort();
