@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from fastres._version import __version__
+from fastres.kernels.common import cuda_images
 
 _PACKAGE = Path(__file__).parent
 _NOT_LOADED = "fastres._library.load() has not run"
@@ -55,10 +56,20 @@ def _load_native() -> str | None:
     return _native.isa_error() or None
 
 
+def _toolkit() -> str | None:
+    """The CUDA toolkit ("13.0.88") that the CUDA library was built with, or None if nobody wrote it down."""
+    cuda = _notes().get("cuda", {})
+    compiler = cuda.get("compiler", "")  # nvcc has its toolkit's version, other compilers their own
+    return cuda.get("toolkit") or (compiler.removeprefix("nvcc ") if compiler.startswith("nvcc ") else None)
+
+
 def _load_cuda() -> str | None:
     path = _PACKAGE / "_cuda.so"
     if not path.exists():
         return _absent("cuda")
+    other = cuda_images.other_major(_toolkit(), torch.version.cuda)
+    if other is not None:
+        return f"the cuda library is not loaded: {other}"
     try:
         torch.ops.load_library(path)
     except Exception as error:
@@ -82,6 +93,11 @@ def cuda_error() -> str | None:
     return _errors["cuda"]
 
 
+def cuda_archs() -> list[str]:
+    """The architectures that the CUDA library was built for, in CMake's words ("90-real", "120")."""
+    return list(_notes().get("cuda", {}).get("archs", []))
+
+
 def isa() -> str | None:
     """The instruction set of the CPU kernels, or ``None`` without them. Read once, at load: torch.compile traces this."""
     return _isa
@@ -100,10 +116,11 @@ def build_info() -> dict[str, Any]:
         ``isa`` (``"amx"``, ``"avx512_bf16"``, ``"avx512"``, ``"avx2"``, ``"baseline"`` or None) and ``isa_supported``
         (list, lowest first);
         ``compiler``, ``build_type``, ``torch_built_with`` (str or None), ``torch_running`` (str);
-        ``cuda_archs`` (list of str) and ``cuda_compiler`` (str or None).
+        ``cuda_archs`` (list of str), ``cuda_compiler`` and ``cuda_toolkit``, which CUDA library was built, also where it is not
+        loaded, and ``cuda_running``, the CUDA version of this torch (str or None).
     """
     native = _native.build_facts() if _native is not None else {}
-    cuda = _notes().get("cuda", {}) if _errors["cuda"] is None else {}
+    built = (_PACKAGE / "_cuda.so").exists()
     return {
         "version": __version__,
         "native": _errors["native"] is None,
@@ -116,6 +133,8 @@ def build_info() -> dict[str, Any]:
         "build_type": native.get("build_type"),
         "torch_built_with": native.get("torch_built_with"),
         "torch_running": torch.__version__,
-        "cuda_archs": cuda.get("archs", []),
-        "cuda_compiler": cuda.get("compiler"),
+        "cuda_archs": cuda_archs() if built else [],
+        "cuda_compiler": _notes().get("cuda", {}).get("compiler") if built else None,
+        "cuda_toolkit": _toolkit() if built else None,
+        "cuda_running": torch.version.cuda,
     }

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fastres import _library, tuning
 from fastres.errors import BackendError
-from fastres.kernels.common import triton_launch
+from fastres.kernels.common import cuda_images, triton_launch
 from fastres.ops.schemas import BACKENDS, OPS
 
 AUTO = "auto"
@@ -101,7 +101,16 @@ def refusal(backend: str, op: str, device: str, dtype: torch.dtype) -> str | Non
         return f"{backend} takes {known}, not {str(dtype).removeprefix('torch.')}"
     if backend == "triton":
         return triton_launch.refusal(device)
-    return _library.native_error() if backend == "native" else _library.cuda_error()
+    if backend == "native":
+        return _library.native_error()
+    return _library.cuda_error() or unfit_device(backend, dtype)
+
+
+def unfit_device(backend: str, dtype: torch.dtype | None = None) -> str | None:
+    """Why the current CUDA device can't run ``backend``, which could run on others; None if it can, or without a device."""
+    if backend == "triton":
+        return triton_launch.old_device()
+    return cuda_images.unfit_device(_library.cuda_archs(), dtype) if backend == "cuda" else None
 
 
 _environment_backend = os.environ.get("FASTRES_BACKEND", AUTO)
@@ -164,9 +173,11 @@ def select(op: str, x: Tensor, conv: Geometry | None = None) -> Choice:
     """
     device, dtype = x.device.type, x.dtype
     want = requested()
-    old = triton_launch.old_device() if want == "triton" and device == "cuda" else None
-    if old is not None:
-        choice = _without_triton(op, x, conv, old)
+    unfit = None
+    if device == "cuda" and want in OPS[op].backends and not (want == "cuda" and _library.cuda_error()):
+        unfit = unfit_device(want, dtype)
+    if unfit is not None:
+        choice = _without(want, op, x, conv, unfit)
     elif want != AUTO and want in OPS[op].backends:
         reason = refusal(want, op, device, dtype)
         if reason is not None:
@@ -179,22 +190,23 @@ def select(op: str, x: Tensor, conv: Geometry | None = None) -> Choice:
     else:
         choice = _first_that_serves(op, x, conv)
     if _recorder is not None:
-        _recorder.add(Problem.of(op, x, conv), replace(choice, notes=_notes(choice.backend, x)))
+        _recorder.add(Problem.of(op, x, conv), replace(choice, notes=_notes(choice.backend, op, x)))
     return choice
 
 
-def _without_triton(op: str, x: Tensor, conv: Geometry | None, reason: str) -> Choice:
-    """What serves instead on a device that is too old for Triton. It is the one request that falls back, because one
-    program may run on old and new devices; it warns, and ``fastres.explain`` says it at each layer."""
+def _without(want: str, op: str, x: Tensor, conv: Geometry | None, reason: str) -> Choice:
+    """What serves instead on a device that can't run the kernels of ``want``. It is the one request that falls back, because
+    one program may run on old and new devices; it warns, and ``fastres.explain`` says it at each layer."""
     if not torch.compiler.is_compiling():
-        warnings.warn(f"fastres: backend 'triton' was requested, but {reason}; the library serves", stacklevel=4)
+        warnings.warn(f"fastres: backend {want!r} was requested, but {reason}; the library serves", stacklevel=4)
     choice = _first_that_serves(op, x, conv)
-    return replace(choice, refused=(("triton", reason), *choice.refused))
+    return replace(choice, refused=((want, reason), *choice.refused))
 
 
-def _notes(backend: str, x: Tensor) -> tuple[str, ...]:
-    if backend == "triton" and not x.is_contiguous(memory_format=torch.channels_last):
-        return ("triton converts this input to channels_last first: a copy at each call",)
+def _notes(backend: str, op: str, x: Tensor) -> tuple[str, ...]:
+    converts = backend == "triton" or (backend == "cuda" and op in _CONVS)
+    if converts and not x.is_contiguous(memory_format=torch.channels_last):
+        return (f"{backend} converts this input to channels_last first: a copy at each call",)
     return ()
 
 
@@ -229,6 +241,8 @@ def status() -> list[tuple[str, bool, str]]:
         error = {"native": _library.native_error, "cuda": _library.cuda_error}.get(backend, lambda: None)()
         if backend == "cuda" and error is None and not torch.cuda.is_available():
             error = "the library is loaded, but torch sees no CUDA device"
+        elif backend == "cuda" and error is None:
+            error = unfit_device(backend)
         if backend == "triton":
             error = triton_launch.refusal("cuda" if torch.cuda.is_available() else "cpu")
         ops = ", ".join(op for op, schema in OPS.items() if backend in schema.backends)

@@ -276,10 +276,9 @@ def test_use_backend_reaches_the_layers():
         for backend in ("reference", "library", "native"):
             with fastres.use_backend(backend):
                 assert torch.allclose(model(x), expected, rtol=1e-3, atol=1e-4)
-        with fastres.use_backend("cuda"):  # cuda has only scale_shift_act, which evaluation does not use
-            model(x)
-        with fastres.use_backend("cuda"), pytest.raises(RuntimeError, match="runs on cuda tensors"):
-            model.train()(torch.randn(2, 3, 32, 32))
+        for train in (False, True):
+            with fastres.use_backend("cuda"), pytest.raises(RuntimeError, match="runs on cuda tensors"):
+                model.train(train)(torch.randn(2, 3, 32, 32))
 
 
 @pytest.mark.parametrize("memory", ["default", "recompute"])

@@ -368,8 +368,11 @@ class TestErrors:
             ops.scale_shift_act(self.x.double(), v, v, v)
         with fastres.use_backend("cuda"), pytest.raises(RuntimeError, match="runs on cuda tensors, not on cpu"):
             ops.scale_shift_act(self.x, *[torch.ones(4)] * 3)
-        with fastres.use_backend("cuda"):  # cuda has no conv_act: the request does not concern it
-            ops.conv_act(self.x, self.weight)
+        for op in (ops.conv_act, ops.conv_stats):
+            with fastres.use_backend("cuda"), pytest.raises(RuntimeError, match="runs on cuda tensors, not on cpu"):
+                op(self.x, self.weight)
+        with fastres.use_backend("cuda"):  # cuda has no pool: the request does not concern it
+            ops.scale_shift_act_pool(self.x, *[torch.ones(4)] * 3)
         monkeypatch.setattr(backends, "_environment_backend", "bogus")
         with pytest.raises(RuntimeError, match="FASTRES_BACKEND: unknown backend 'bogus'"):
             ops.conv_act(self.x, self.weight)

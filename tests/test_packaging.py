@@ -75,7 +75,15 @@ def test_build_info():
     assert info["native"] == (info["native_error"] is None) and info["cuda"] == (info["cuda_error"] is None)
     assert list(info) == [
         *("version", "native", "native_error", "cuda", "cuda_error", "isa", "isa_supported", "compiler"),
-        *("build_type", "torch_built_with", "torch_running", "cuda_archs", "cuda_compiler"),
+        *(
+            "build_type",
+            "torch_built_with",
+            "torch_running",
+            "cuda_archs",
+            "cuda_compiler",
+            "cuda_toolkit",
+            "cuda_running",
+        ),
     ]
     if info["native"]:
         assert info["isa"] in info["isa_supported"] and info["isa_supported"][0] == "baseline"
@@ -90,7 +98,7 @@ def test_the_cuda_library_loads_without_a_gpu():
     if not any(p.name == "_cuda.so" for p in LIBRARIES):
         pytest.skip(str(_library.cuda_error()))
     assert _library.cuda_error() is None
-    for op in ("scale_shift_act_cuda", "scale_shift_act_backward_cuda"):
+    for op in ("scale_shift_act_cuda", "scale_shift_act_backward_cuda", "conv_forward_cuda", "conv_backward_cuda"):
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"fastres::{op}", "CUDA")
         assert not torch._C._dispatch_has_kernel_for_dispatch_key(f"fastres::{op}", "CPU")
 

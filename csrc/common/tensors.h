@@ -64,6 +64,7 @@ inline const char* dtype_text(ScalarType t) {
 // The operator being checked, so that every message starts with its name.
 struct Checker {
   const char* op;
+  const char* main = "y";  // what the other tensors are compared with, in messages
 
   template <class... Parts>
   void require(bool ok, const Parts&... parts) const {
@@ -72,7 +73,8 @@ struct Checker {
 
   void same_device(const char* name, const Tensor& t, const Device& device) const {
     if (t.device() != device) {
-      require(false, name, " is on ", device_text(t.device()), ", but y is on ", device_text(device), "; they must be on one device");
+      require(false, name, " is on ", device_text(t.device()), ", but ", main, " is on ", device_text(device),
+              "; they must be on one device");
     }
   }
 
@@ -96,7 +98,7 @@ struct Checker {
     same_device(name, t, y.device());
     shaped(name, t, {y.size(0), y.size(1), y.size(2), y.size(3)});
     if (t.scalar_type() != y.scalar_type()) {
-      require(false, name, " must have y's dtype ", dtype_text(y.scalar_type()), ", got ", dtype_text(t.scalar_type()));
+      require(false, name, " must have ", main, "'s dtype ", dtype_text(y.scalar_type()), ", got ", dtype_text(t.scalar_type()));
     }
   }
 
@@ -116,7 +118,7 @@ struct Checker {
       require(false, name, " must be float32, got ", dtype_text(t.scalar_type()));
     }
     if (t.dim() != 1 || t.size(0) != y.size(1)) {
-      require(false, name, " must be [C] = [", y.size(1), "] (y has ", y.size(1), " channels), got ", shape_text(t));
+      require(false, name, " must be [C] = [", y.size(1), "] (", main, " has ", y.size(1), " channels), got ", shape_text(t));
     }
     require(t.is_contiguous(), name, " must be contiguous, got stride ", t.stride(0));
   }

@@ -11,5 +11,11 @@ const char* scale_shift_act(const PointProblem& problem, int device, void* strea
 const char* scale_shift_act_backward(const PointProblem& problem, int device, void* stream);
 const char* scale_shift_act_masked(const PointProblem& problem, int device, void* stream);
 const char* conv_forward(const ConvForward& problem, int device, void* stream);
+const char* conv_input_gradient(const ConvBackward& problem, int device, void* stream);
+const char* conv_weight_gradient(const ConvBackward& problem, int device, void* stream);
+
+// Floats of ConvBackward::workspace for each gradient. Everything else of the problem must be set.
+int64_t input_gradient_workspace(const ConvBackward& problem);
+int64_t weight_gradient_workspace(const ConvBackward& problem);
 
 }  // namespace fastres::cuda

@@ -8,8 +8,6 @@
 namespace fastres {
 namespace {
 
-using Ints = std::vector<int64_t>;
-
 // An empty kernel name asks for the preferred one.
 Tensor run(const Checker& c, const std::string& name, Tensor x, const Tensor& weight, const OptionalTensor& bias, OptionalTensor residual,
            bool relu, const Ints& stride, const Ints& padding, const Ints& dilation, int64_t groups) {

@@ -4,6 +4,7 @@
 #include <cstring>
 #include <vector>
 
+#include "../common/conv_sizes.h"
 #include "conv.h"
 #include "problem.h"
 
@@ -11,48 +12,28 @@ namespace fastres {
 
 inline std::array<int64_t, 4> out_sizes(const ConvShape& s) { return {s.images, s.out_channels, s.out_height, s.out_width}; }
 
-inline int64_t pair_item(const Checker& c, const char* name, const std::vector<int64_t>& v, size_t i, int64_t least) {
-  c.require(v.size() == 1 || v.size() == 2, name, " must have 1 or 2 elements, got ", v.size());
-  const int64_t x = v[v.size() == 1 ? 0 : i];
-  c.require(x >= least, name, " must be at least ", least, ", got ", x);
-  return x;
-}
-
 // The shape and dtype of conv(x, weight), everything checked; no pointers yet.
 inline Conv conv_of(const Checker& c, const Tensor& x, const Tensor& weight, const std::vector<int64_t>& stride,
                     const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation, int64_t groups) {
-  c.activation("x", x, kCpuTypes);
-  c.activation("weight", weight, kCpuTypes);
-  c.same_device("weight", weight, x.device());
-  if (weight.scalar_type() != x.scalar_type()) {
-    c.require(false, "weight must have x's dtype ", dtype_text(x.scalar_type()), ", got ", dtype_text(weight.scalar_type()));
-  }
+  const ConvSizes of = check_conv(c, kCpuTypes, x, weight, stride, padding, dilation, groups);
   Conv conv{};
   ConvShape& s = conv.shape;
-  s.images = x.size(0);
-  s.in_channels = x.size(1);
-  s.height = x.size(2);
-  s.width = x.size(3);
-  s.out_channels = weight.size(0);
-  s.kernel_h = weight.size(2);
-  s.kernel_w = weight.size(3);
-  s.stride_h = pair_item(c, "stride", stride, 0, 1);
-  s.stride_w = pair_item(c, "stride", stride, 1, 1);
-  s.pad_h = pair_item(c, "padding", padding, 0, 0);
-  s.pad_w = pair_item(c, "padding", padding, 1, 0);
-  s.dilation_h = pair_item(c, "dilation", dilation, 0, 1);
-  s.dilation_w = pair_item(c, "dilation", dilation, 1, 1);
-  s.groups = groups;
-  c.require(groups >= 1 && s.in_channels % groups == 0 && s.out_channels % groups == 0, "groups = ", groups, " must divide both ",
-            s.in_channels, " input and ", s.out_channels, " output channels");
-  c.require(weight.size(1) == s.in_channels / groups, "weight must be [K, ", s.in_channels / groups, ", R, S] for ", s.in_channels,
-            " input channels in ", groups, " groups, got ", shape_text(weight));
-  const int64_t h = s.height + 2 * s.pad_h - s.dilation_h * (s.kernel_h - 1) - 1;
-  const int64_t w = s.width + 2 * s.pad_w - s.dilation_w * (s.kernel_w - 1) - 1;
-  c.require(s.kernel_h > 0 && s.kernel_w > 0 && h >= 0 && w >= 0, "x ", shape_text(x), " is too small for the kernel ", shape_text(weight),
-            " with padding [", s.pad_h, ", ", s.pad_w, "] and dilation [", s.dilation_h, ", ", s.dilation_w, "]");
-  s.out_height = h / s.stride_h + 1;
-  s.out_width = w / s.stride_w + 1;
+  s.images = of.images;
+  s.in_channels = of.channels;
+  s.height = of.height;
+  s.width = of.width;
+  s.out_channels = of.filters;
+  s.kernel_h = of.kernel_h;
+  s.kernel_w = of.kernel_w;
+  s.stride_h = of.stride_h;
+  s.stride_w = of.stride_w;
+  s.pad_h = of.pad_h;
+  s.pad_w = of.pad_w;
+  s.dilation_h = of.dilation_h;
+  s.dilation_w = of.dilation_w;
+  s.groups = of.groups;
+  s.out_height = of.out_height;
+  s.out_width = of.out_width;
   conv.bfloat16 = is_bfloat16(x);
   conv.packed_for_one = true;
   conv.threads = static_cast<int>(torch::stable::get_num_threads());

@@ -10,16 +10,6 @@
 namespace fastres {
 namespace {
 
-using Ints = std::vector<int64_t>;
-
-std::optional<AffineTensors> check_prologue(const Checker& c, const OptionalTensor& scale, const OptionalTensor& center,
-                                            const OptionalTensor& shift, const Tensor& x) {
-  const int given = scale.has_value() + center.has_value() + shift.has_value();
-  c.require(given == 0 || given == 3, "scale, center and shift must be given together, got ", given, " of 3");
-  if (given == 0) return std::nullopt;
-  return check_affine(c, "", *scale, *center, *shift, x);
-}
-
 void set_prologue(Conv& conv, const std::optional<AffineTensors>& affine, bool relu) {
   if (!affine) return;
   const Affine a = pointers(*affine);

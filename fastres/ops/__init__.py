@@ -10,7 +10,11 @@ from fastres import _library
 from . import autograd, deferred, fakes
 from .schemas import HELPERS, LIBRARY, MASKED, OPS, define_all, op_name
 
-COMPOSED = ("conv_stats", "conv_act", "scale_shift_act_mean")
+# Put together in Python from helpers that a library implements: (dispatch key, module in the op's folder, ops).
+COMPOSED = {
+    "native": ("CPU", "native", ("conv_stats", "conv_act", "scale_shift_act_mean")),
+    "cuda": ("CUDA", "cuda_backend", ("conv_stats", "conv_act")),
+}
 
 
 def _register() -> None:
@@ -28,12 +32,13 @@ def _register() -> None:
                 for suffix in ("", "backward", *(suffix for suffix, _ in schema.extra)):
                     implementation = deferred.triton(op, suffix or "forward")
                     LIBRARY.impl(op_name(op, backend, suffix), implementation, "CompositeExplicitAutograd")
-            elif backend == "native" and op in COMPOSED:  # put together in Python from native helpers
-                module = import_module(f"fastres.kernels.{op}.native")
+            elif op in COMPOSED[backend][2]:
+                key, file, _ = COMPOSED[backend]
+                module = import_module(f"fastres.kernels.{op}.{file}")
                 for suffix in ("forward", "backward"):
                     if hasattr(module, suffix):
                         name = op_name(op, backend, "" if suffix == "forward" else suffix)
-                        LIBRARY.impl(name, getattr(module, suffix), "CPU")
+                        LIBRARY.impl(name, getattr(module, suffix), key)
             _register_rules(op, backend, tuple(suffix for suffix, _ in schema.extra))
     for name in HELPERS:
         torch.library.register_fake(f"fastres::{name}", getattr(fakes, name), lib=LIBRARY)

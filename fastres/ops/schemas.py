@@ -23,7 +23,8 @@ _MASKED = (
     " Tensor grad_res_shift)"
 )
 MASKED = {"scale_shift_act": ("triton", "cuda"), "scale_shift_act_mean": ("triton",)}  # op: backends
-_CONV = "int[2] stride, int[2] padding, int[2] dilation, int groups"
+_GEOMETRY = "int[2] stride, int[2] padding, int[2] dilation"
+_CONV = f"{_GEOMETRY}, int groups"
 _POOL = "bool relu, int kernel, int stride, int padding"
 _GRADIENT = (
     "Tensor grad_y, Tensor y, Tensor? mean, Tensor? grad_mean, Tensor? grad_var, Tensor x, Tensor weight,"
@@ -48,7 +49,7 @@ OPS: dict[str, OpSchema] = {
         f" {_OPTIONAL.format('')}, bool relu, {_CONV}, bool need_input, bool need_weight,"
         " Tensor? addend=None, Tensor? factor=None)"
         " -> (Tensor grad_x, Tensor grad_weight, Tensor grad_scale, Tensor grad_shift)",
-        backends=("reference", "library", "native", "triton"),
+        backends=("reference", "library", "native", "triton", "cuda"),
     ),
     "scale_shift_act": OpSchema(
         forward=f"({_POINT}) -> Tensor",
@@ -72,11 +73,12 @@ OPS: dict[str, OpSchema] = {
         backward=f"(Tensor grad, Tensor x, Tensor weight, Tensor out, bool relu, {_CONV},"
         " bool need_input, bool need_weight, bool need_bias, bool need_residual)"
         " -> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias, Tensor grad_residual)",
-        backends=("reference", "library", "native", "triton"),
+        backends=("reference", "library", "native", "triton", "cuda"),
     ),
 }
 
-# Passes without autograd of their own: native ones that serve the library backend around its convolutions, those of MASKED.
+# What has no autograd of its own: native passes that serve the library backend around its convolutions, the engines of
+# convolutions, the passes of MASKED.
 HELPERS: dict[str, str] = {
     # writes grad_y over grad
     "scale_shift_act_backward_native_": f"(Tensor(a!) grad, Tensor y, {_COEFFICIENTS.format('')}, bool relu)"
@@ -89,6 +91,13 @@ HELPERS: dict[str, str] = {
     # conv_act_native by the kernel of that name, for tests and tuning
     "conv_kernel_native": "(str kernel, Tensor x, Tensor weight, Tensor? bias, Tensor? residual, bool relu,"
     f" {_CONV}) -> Tensor",
+    # the CUDA convolutions of one group: why a shape isn't served ("" if it is), forward, both gradients
+    "conv_refusal_cuda": f"(Tensor x, Tensor weight, {_GEOMETRY}) -> str",
+    "conv_forward_cuda": f"(Tensor x, Tensor weight, {_OPTIONAL.format('')}, bool prologue_relu, Tensor? bias,"
+    f" Tensor? residual, bool relu, {_GEOMETRY}, bool stats, bool tf32) -> (Tensor y, Tensor mean, Tensor var)",
+    "conv_backward_cuda": "(Tensor? grad_y, Tensor? grad_mean, Tensor? grad_var, Tensor x, Tensor weight, Tensor? y,"
+    f" Tensor? mean, {_OPTIONAL.format('')}, bool relu, {_GEOMETRY}, bool need_input, bool need_weight, Tensor? addend,"
+    " Tensor? factor, bool tf32) -> (Tensor grad_x, Tensor grad_weight, Tensor grad_scale, Tensor grad_shift)",
     **{f"{op}_masked_{backend}": _MASKED for op, backends in MASKED.items() for backend in backends},
     "channel_stats_native": "(Tensor y) -> (Tensor mean, Tensor var)",
     "channel_stats_backward_native": "(Tensor? grad_y, Tensor y, Tensor mean, Tensor? grad_mean, Tensor? grad_var)"

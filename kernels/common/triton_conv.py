@@ -13,6 +13,8 @@ from torch import Tensor
 
 from fastres.errors import BackendError
 
+from .precision import tf32_allowed
+
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # int32 offsets stay below this. Rows and columns past the end are computed before their mask is, so a tile or two of
 # headroom keeps them from wrapping to small numbers that a mask would let through.
@@ -26,10 +28,7 @@ def needs_int64(*elements: int) -> bool:
 
 def dot_precision(dtype: torch.dtype) -> str:
     """``input_precision`` of products: float32 is rounded to tf32 only where torch allows it for convolutions."""
-    allowed = torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]
-    if dtype == torch.float32 and allowed == "tf32":
-        return "tf32"
-    return "ieee"
+    return "tf32" if tf32_allowed(dtype) else "ieee"
 
 
 def require_dtype(dtype: torch.dtype) -> None:
