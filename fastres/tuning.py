@@ -91,7 +91,7 @@ def kernel_version() -> str:
     """A digest of the GPU kernels' sources."""
     digest = hashlib.sha256()
     for file in sorted(Path(kernels.__path__[0]).rglob("*")):
-        if file.suffix in (".py", ".cuh", ".cu"):
+        if file.suffix in (".py", ".cuh", ".cu") or file.match("cuda_*.h"):
             digest.update(file.name.encode() + file.read_bytes())
     return digest.hexdigest()[:12]
 

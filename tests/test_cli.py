@@ -185,6 +185,60 @@ def test_doctor_fails_when_an_op_disagrees(capsys, monkeypatch, wrong):
     assert code == 1 and out.count("FAILED") == len(OPS), "one row an op"
 
 
+def test_doctor_says_that_the_gpu_kernels_were_not_compared(capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(parity, "op_parity", lambda device: [])
+    _, out, _ = command(capsys, "doctor")
+    assert "No GPU was compared" in out and "make gpu" in out
+
+
+def test_doctor_on_a_gpu_machine_compares_every_backend_there(capsys, monkeypatch):
+    """The devices that torch would see, and the table: reference, library, triton and cuda, by dtype."""
+    asked = []
+
+    def matrix(device):
+        asked.append(device)
+        if device == "cpu":
+            return []
+        row = parity.Parity("conv_stats", "triton", device, "float16", 1e-4, 2e-4)
+        raised = parity.Parity("conv_stats", "cuda", device, "tf32", raised="launch failed [x] on cuda:0")
+        return [row, raised, parity.Parity("conv_act", "cuda", device, "bfloat16", 0.1, 1e-3)]
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index=0: "GPU X")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *a: (9, 0))
+    monkeypatch.setattr(parity, "op_parity", matrix)
+    code, out, _ = command(capsys, "doctor")
+    assert code == 1 and asked == ["cpu", "cuda"] and "3 comparisons, 2 failed" in out and "No GPU" not in out
+    assert "FAILED: launch failed" in " ".join(out.split()) and "1.0e-04" in out and "GPU X" in out
+
+
+def test_the_matrix_takes_backends_and_dtypes(monkeypatch):
+    rows = parity.op_parity("cpu", ("reference", "library"), ("float32",))
+    assert {(r.what, r.backend) for r in rows} == {(op, b) for op in OPS for b in ("reference", "library")}
+    assert not any(r.failed for r in rows) and all(r.reason is None for r in rows)
+    (row, *_) = parity.op_parity("cpu", ("native",), ("float16",))
+    assert "not float16" in row.reason and not row.failed
+    assert parity.ROWS_OF["cuda"] == ("float32", "tf32", "bfloat16", "float16")
+
+
+def test_a_backend_that_raises_has_failed_and_the_rest_still_runs(monkeypatch):
+    honest, before = parity._outcome, torch.backends.cudnn.conv.fp32_precision
+
+    def broken(case, dtype, device, backend):
+        assert torch.backends.cudnn.conv.fp32_precision == "ieee"
+        if backend == "library":
+            raise RuntimeError("out of resource")
+        return honest(case, dtype, device, backend)
+
+    monkeypatch.setattr(parity, "_outcome", broken)
+    rows = parity.op_parity("cpu", ("library", "native"), ("float32",))
+    assert all(r.failed == (r.backend == "library") for r in rows) and len(rows) == 2 * len(OPS)
+    assert rows[0].raised == "out of resource"
+    assert torch.backends.cudnn.conv.fp32_precision == before, "what was set is put back"
+
+
 def test_plot_draws_several_runs(trained, capsys, tmp_path):
     require("matplotlib")
     for name in ("curves.png", "curves.svg"):

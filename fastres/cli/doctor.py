@@ -1,18 +1,29 @@
-"""Show what was built and what is found here, and compare every op on every backend with float64. Exit code 1 means
-that a comparison failed: don't trust results of this machine, and report the table."""
+"""Show what was built and what is found here, and compare every op on every backend with float64, on the CPU and on a GPU.
+Exit code 1 means that a comparison failed: don't trust results of this machine, and report the table."""
 
 from __future__ import annotations
 
 import importlib.util
 import shutil
 import subprocess
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING
 
 from jsonargparse import ArgumentParser, Namespace
 from jsonargparse.typing import PositiveInt
 
 from fastres.cli.options import console
 
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from fastres.evaluate.parity import Parity
+
+NO_GPU = (
+    "No GPU was compared: the kernels of triton and cuda need one that torch sees. There, fastres doctor prints the same table "
+    "for it, and in a checkout of the project make gpu runs the whole suite and compute-sanitizer."
+)
 PACKAGES = (
     # what is imported, what is installed, what for
     ("torch", ("torch",), "tensors"),
@@ -68,22 +79,34 @@ def run(options: Namespace) -> int:
         usable.add_row(name, "yes" if available else "no", reason or "")
     screen.print(usable)
 
-    parity = Table(title="parity with float64, forward and backward")
-    for title in ("op", "backend", "device", "dtype", "error", "allowed", "result"):
-        parity.add_column(title)
     rows = [row for device in (["cpu", "cuda"] if gpus else ["cpu"]) for row in op_parity(device)]
-    for row in rows:
-        place = (row.what, row.backend, row.device, row.dtype)
-        if row.reason is not None:
-            parity.add_row(*place, "", "", f"not run: {row.reason}", style="dim")
-        else:
-            result = "[bold red]FAILED[/bold red]" if row.failed else "ok"
-            parity.add_row(*place, f"{row.error:.1e}", f"{row.allowed:.1e}", result)
-    screen.print(parity)
+    screen.print(parity_table(rows))
     failures = sum(row.failed for row in rows)
     compared = sum(row.reason is None for row in rows)
     screen.print(f"{compared} comparisons, {failures} failed", highlight=False)
+    if not gpus:
+        screen.print(NO_GPU, highlight=False, markup=False)
     return 1 if failures else 0
+
+
+def parity_table(rows: Sequence[Parity]) -> Table:
+    """The matrix, a row an op, backend and dtype."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title="parity with float64, forward and backward")
+    for title in ("op", "backend", "device", "dtype", "error", "allowed", "result"):
+        table.add_column(title)
+    for row in rows:
+        place = (row.what, row.backend, row.device, row.dtype)
+        if row.reason is not None:
+            table.add_row(*place, "", "", Text(f"not run: {row.reason}"), style="dim")
+        elif row.raised is not None:
+            table.add_row(*place, "", "", Text(f"FAILED: {row.raised}", style="bold red"))
+        else:
+            result = Text("FAILED", style="bold red") if row.failed else Text("ok")
+            table.add_row(*place, f"{row.error:.1e}", f"{row.allowed:.1e}", result)
+    return table
 
 
 def package_version(module: str, names: tuple[str, ...]) -> str:

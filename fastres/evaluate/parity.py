@@ -1,4 +1,4 @@
-"""Whether fused kernels agree with plain PyTorch here: for one op on one backend, and for whole networks.
+"""Whether fused kernels agree with plain PyTorch here: for every op on every backend, and for whole networks.
 
 The rule: with the error measured against float64 as ``|x - truth| / |truth|`` (2-norms), a candidate passes if its
 error is at most twice that of plain PyTorch in the same dtype, plus a floor for cases in which that one happens to be
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -23,11 +24,16 @@ from fastres.ops.schemas import OPS
 
 FLOOR = {torch.float32: 2e-6, torch.bfloat16: 2e-3, torch.float16: 5e-4}
 FACTOR = 2.0
+# The rows of the matrix. "tf32" is float32 whose products may be TF32, on a GPU. The library may not use that for a shape: then
+# its error says little, and the floor is what cutting operands to 10 bits of mantissa costs.
+TF32, TF32_FLOOR = "tf32", 4e-3
+DTYPES = {"float32": torch.float32, TF32: torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+ROWS_OF = {"cpu": ("float32", "bfloat16"), "cuda": tuple(DTYPES)}
 
 
 @dataclass(frozen=True)
 class Parity:
-    """``error`` and ``allowed`` are relative; ``reason`` says why nothing could be compared."""
+    """``error`` and ``allowed`` are relative; ``reason`` says why nothing was compared, ``raised`` what went wrong."""
 
     what: str
     backend: str
@@ -36,6 +42,7 @@ class Parity:
     error: float = math.nan
     allowed: float = math.nan
     reason: str | None = None
+    raised: str | None = None
 
     @property
     def failed(self) -> bool:
@@ -73,6 +80,13 @@ def _cases() -> Iterator[tuple[str, Case]]:
     x, weight = image(2, 20, 9, 13), normal(24, 20, 3, 3) / 12
     yield "conv_stats", (partial(fastres.conv_stats, relu=True, padding=1), [x, weight, *coefficients(20)])
     yield "conv_stats", (partial(fastres.conv_stats, stride=2), [x, normal(24, 20, 1, 1) / 4])
+    stem = normal(2, 3, 15, 17)  # contiguous
+    yield "conv_stats", (partial(fastres.conv_stats, stride=2, padding=3), [stem, normal(24, 3, 7, 7) / 12])
+    wide = image(2, 72, 12, 11)  # several tiles both ways
+    product = [wide, normal(136, 72, 1, 1) / 8, *coefficients(72)]
+    yield "conv_stats", (fastres.conv_stats, product)
+    grouped = [x, normal(24, 5, 3, 3) / 6, *coefficients(20)]
+    yield "conv_stats", (partial(fastres.conv_stats, padding=2, dilation=2, groups=4), grouped)
     y, other = image(3, 33, 7, 5), image(3, 33, 7, 5)
     yield "scale_shift_act", (partial(fastres.scale_shift_act, relu=True), [y, *coefficients(33)])
     yield "scale_shift_act", (partial(fastres.scale_shift_act, relu=True), [y, *coefficients(33), other])
@@ -129,31 +143,61 @@ def _rounded(case: Case, dtype: torch.dtype) -> Case:
     return function, narrow
 
 
-def op_parity(device: str) -> list[Parity]:
-    """Every op, on every backend and in every dtype that ``device`` offers, forward and backward."""
+def op_parity(device: str, names: Sequence[str] | None = None, dtypes: Sequence[str] | None = None) -> list[Parity]:
+    """The parity matrix of ``device``: every op on every backend in every dtype, forward and backward.
+
+    Args:
+        device: "cpu" or "cuda", or one of several ("cuda:1"). names: backends (all that an op has). dtypes: of :data:`DTYPES`
+            (what the kind of device offers).
+
+    Returns:
+        One row an op, backend and dtype: the worst of its cases, or why there is none.
+    """
     grouped: dict[str, list[Case]] = {}
     for op, case in _cases():
         grouped.setdefault(op, []).append(case)
+    kind = torch.device(device).type
     rows = []
     for op, cases in grouped.items():
-        for backend in OPS[op].backends:
-            for dtype in (torch.float32, torch.bfloat16):
-                row = partial(Parity, op, backend, device, str(dtype).removeprefix("torch."))
-                refused = backends.refusal(backend, op, device, dtype)
-                if refused is not None:
-                    rows.append(row(reason=refused))
-                    continue
-                rows.append(row(*_worst([_compare(_rounded(c, dtype), dtype, device, backend) for c in cases])))
+        for backend in OPS[op].backends if names is None else [b for b in OPS[op].backends if b in names]:
+            for name in ROWS_OF[kind] if dtypes is None else dtypes:
+                refused = backends.refusal(backend, op, kind, DTYPES[name])
+                row = partial(Parity, op, backend, device, name)
+                rows.append(
+                    row(reason=refused) if refused is not None else _measured(row, cases, name, device, backend)
+                )
     return rows
 
 
-def _compare(case: Case, dtype: torch.dtype, device: str, backend: str) -> tuple[float, float]:
+def _measured(row: Callable[..., Parity], cases: list[Case], name: str, device: str, backend: str) -> Parity:
+    """The worst case. A backend that raises has failed, and the others still have their turn."""
+    try:
+        with _products(name):
+            return row(*_worst([_compare(_rounded(c, DTYPES[name]), name, device, backend) for c in cases]))
+    except Exception as error:
+        return row(error=math.inf, allowed=0.0, raised=" ".join(str(error).split())[:200] or type(error).__name__)
+
+
+@contextmanager
+def _products(name: str) -> Iterator[None]:
+    """Products of float32 as the row of the matrix has them."""
+    convolutions = torch.backends.cudnn.conv  # type: ignore[attr-defined]
+    before = convolutions.fp32_precision
+    convolutions.fp32_precision = "tf32" if name == TF32 else "ieee"
+    try:
+        yield
+    finally:
+        convolutions.fp32_precision = before
+
+
+def _compare(case: Case, name: str, device: str, backend: str) -> tuple[float, float]:
+    dtype, floor = DTYPES[name], TF32_FLOOR if name == TF32 else FLOOR[DTYPES[name]]
     truth = _outcome(case, torch.float64, "cpu", "reference")
     plain = _outcome(case, dtype, device, "reference")
     mine = _outcome(case, dtype, device, backend)
     limits = []
     for candidate, baseline, exact in zip(mine, plain, truth, strict=True):
-        allowed = FACTOR * relative_error([baseline.cpu()], [exact]) + FLOOR[dtype]
+        allowed = FACTOR * relative_error([baseline.cpu()], [exact]) + floor
         limits.append((relative_error([candidate.cpu()], [exact]), allowed))
     return _worst(limits)
 
