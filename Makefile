@@ -1,5 +1,5 @@
 # What a fresh clone needs: python3 (3.11 or newer), make and a C++ compiler. Everything else goes into $(VENV).
-#   make demo | test | bench | lint | format | clean | distclean          make help says what each does
+#   make demo | test | gpu | bench | lint | format | clean | distclean          make help says what each does
 PYTHON    ?= python3
 VENV      ?= .venv
 TORCH     ?= torch==2.14.1 torchvision==0.29.1
@@ -18,12 +18,13 @@ SAY    := @printf '\033[1m== %s\033[0m\n'
 BUILD_INPUTS := pyproject.toml setup.py CMakeLists.txt $(wildcard cmake/*) $(wildcard build_backend/*.py) \
   $(shell find csrc kernels \( -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh' \) -type f)
 
-.PHONY: help demo test bench install sanitize lint format clean distclean FORCE
+.PHONY: help demo test gpu bench install sanitize lint format clean distclean FORCE
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo       train a fused and a reference network, evaluate and time both, write demo/report.html"
 	@echo "make test       the test suite                      TEST_ARGS='-k native'"
+	@echo "make gpu        what needs a GPU: parity, CUDA graphs, compute-sanitizer"
 	@echo "make bench      the benchmarks, small sizes         BENCH_ARGS='--full --save-results'"
 	@echo "make sanitize   the convolution kernels under AddressSanitizer, UBSan and ThreadSanitizer"
 	@echo "make lint       ruff, mypy, clang-format, line limit, README tables"
@@ -68,6 +69,9 @@ demo: install
 test: install
 	$(SAY) "running the tests"
 	@$(BIN)/python -m pytest -q $(TEST_ARGS)
+
+gpu: install
+	@$(BIN)/python tools/check_gpu.py $(TEST_ARGS)
 
 bench: install
 	$(SAY) "running the benchmarks"

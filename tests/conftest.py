@@ -19,6 +19,20 @@ import torch
 torch.set_num_threads(2)
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Tests of the marker "gpu" run where torch sees a GPU, and elsewhere not: with -m gpu they are skipped.
+    (FASTRES_GPU_TESTS=cpu tries their own code.)"""
+    if torch.cuda.is_available() or os.environ.get("FASTRES_GPU_TESTS") == "cpu":
+        return
+    gpu = [item for item in items if item.get_closest_marker("gpu")]
+    if "gpu" in (config.option.markexpr or ""):
+        for item in gpu:
+            item.add_marker(pytest.mark.skip(reason="torch sees no CUDA device"))
+    elif gpu:
+        items[:] = [item for item in items if item not in set(gpu)]
+        config.hook.pytest_deselected(items=gpu)
+
+
 def require(name: str) -> ModuleType:
     """Import an optional package; without it skip the test, or fail if FASTRES_CI=1 says that nothing may lack."""
     try:
