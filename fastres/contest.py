@@ -17,6 +17,7 @@ from torch import Tensor
 TIE = 0.03  # a candidate must be faster than the yardstick by this share: less is within the noise of a measurement
 FACTOR = 2.0  # an implementation may be at most twice as wrong as its peer,
 ULPS = 8  # and a few units in the last place of the largest value more
+TF32_EPS = 2.0**-10
 
 Results = Sequence[Tensor]
 Timer = Callable[[Mapping[str, Callable[[], object]]], Mapping[str, float]]  # milliseconds of each, taken in turns
@@ -89,15 +90,17 @@ def _drop(decision: Decision, name: str, why: str, what: str) -> None:
     warnings.warn(f"fastres: {name} is not used for {what or 'a problem'}: it {why}", RuntimeWarning, stacklevel=4)
 
 
-def rule(dtype: torch.dtype, truth: Results | None = None) -> Judge:
+def rule(dtype: torch.dtype, truth: Results | None = None, tf32: bool = False) -> Judge:
     """The tolerance rule of the project: error ≤ 2 x the yardstick's error + a floor, for the largest difference and for
     the L2 norm, against ``truth`` in a wider dtype. Without one the yardstick is the truth.
 
     ``dtype`` is that of the maps, which also limits the vectors that are computed from them. Of the largest value the
-    floor is 8 units in the last place; of the norm it is half a unit in 16 bits, which chance can't reach.
+    floor is 8 units in the last place; of the norm it is half a unit in 16 bits, which chance can't reach. With ``tf32``
+    the unit is that of TF32, and of the norm the floor is two of them: it cuts off both operands, always to one side.
     """
-    eps = torch.finfo(dtype).eps
-    floors = {"max": ULPS * eps, "L2": ULPS * eps if dtype in (torch.float32, torch.float64) else eps / 2}
+    eps = TF32_EPS if tf32 else torch.finfo(dtype).eps
+    wide = dtype in (torch.float32, torch.float64)
+    floors = {"max": ULPS * eps, "L2": 2 * eps if tf32 else ULPS * eps if wide else eps / 2}
 
     def judge(mine: Results, expected: Results) -> str | None:
         exact = expected if truth is None else truth

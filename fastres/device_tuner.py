@@ -18,6 +18,7 @@ from torch import Tensor
 from fastres import backends, tuning
 from fastres.contest import Candidate, Decision, Results, Timer, decide, rounds_of, rule
 from fastres.kernels.common import triton_choice
+from fastres.kernels.common.precision import tf32_allowed
 from fastres.kernels.common.triton_launch import Config
 from fastres.ops.schemas import OPS, overload
 
@@ -63,7 +64,8 @@ def measure(
         if b not in ("reference", LIBRARY) and backends.refusal(b, problem.op, problem.device, problem.dtype) is None
     ]  # fmt: skip
     found: Found = {}
-    judge = rule(problem.dtype)
+    # Where products of float32 may be TF32, two right programs agree to its 10 bits of mantissa, no better.
+    judge = rule(problem.dtype, tf32=problem.conv is not None and tf32_allowed(problem.dtype))
     with torch.no_grad():
         for part in work.parts(capability or triton_choice.capability()) if "triton" in usable else ():
             decision = decide(_configured(part), judge, timer, what=part.key)

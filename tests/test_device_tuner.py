@@ -117,6 +117,23 @@ def damaged(monkeypatch, kernel, config, damage):
     monkeypatch.setattr(device_tuner, "overload", overload)
 
 
+def test_two_tf32_products_agree_to_its_unit(monkeypatch):
+    """By default float32 convolutions may use TF32 on a GPU: candidates that do so differently are not wrong."""
+    real, problem = device_tuner.overload, dataclasses.replace(TRAIN, dtype=torch.float32)
+
+    def overload(op, backend, suffix=""):
+        call = real(op, backend, suffix)
+        return (lambda *a: [r * (1 + 2e-4) for r in call(*a)]) if backend == "triton" else call
+
+    monkeypatch.setattr(device_tuner, "overload", overload)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    decision, _, said = measured(Clock(triton=1.0), problem)
+    assert decision.choice == "triton" and not said, said
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    decision, _, said = measured(Clock(triton=1.0), problem)
+    assert decision.choice == "library" and "triton" in decision.dropped and said
+
+
 def raising(result):
     raise RuntimeError("out of resource: shared memory")
 

@@ -16,7 +16,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 TOOLS = ("memcheck", "racecheck", "synccheck")
 # Under the sanitizer a kernel takes a hundred times as long: one dtype of each width, and the shapes with most to get wrong.
-SANITIZED = "cuda and not triton and (fp16 or tf32 or float16) and (points or (16x7x9 and k24) or (17x6x6) or 1x3x15 or (64x4x4 and k66) or bits)"
+SHAPES = "points or (16x7x9 and k24) or 17x6x6 or 1x3x15 or (64x4x4 and k66) or bits"
+SANITIZED = f"cuda and not triton and (fp16 or tf32 or float16) and ({SHAPES})"
 
 
 def commands(sanitizer: str | None, arguments: Sequence[str] = ()) -> list[tuple[str, list[str]]]:

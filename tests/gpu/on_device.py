@@ -46,7 +46,7 @@ def precision(kind: str) -> Iterator[None]:
 
 @pytest.fixture
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """torch.empty gives NaN: results and workspaces that a kernel leaves out show. And what a test asks of no backend the library
+    """torch.empty gives NaN: results and workspaces that a kernel leaves out show. What a test asks of no backend, the library
     does, whatever this machine measured before."""
     monkeypatch.setenv(device_tuner.VARIABLE, "OFF")
     monkeypatch.setenv(tuning.VARIABLE, "OFF")
