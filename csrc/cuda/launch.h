@@ -11,5 +11,6 @@ const char* scale_shift_act(const PointProblem& problem, int device, void* strea
 const char* scale_shift_act_backward(const PointProblem& problem, int device, void* stream);
 const char* scale_shift_act_masked(const PointProblem& problem, int device, void* stream);
 const char* conv_forward(const ConvForward& problem, int device, void* stream);
+const char* conv_input_gradient(const ConvBackward& problem, int device, void* stream);
 
 }  // namespace fastres::cuda
