@@ -11,12 +11,13 @@ namespace fastres::cuda {
 template <class Tile, class Transform, bool Flat, bool Pointwise>
 void launch_input_gradient(const ConvBackward& p, void* stream) {
   const Geometry& g = p.shape;
-  const int64_t column_tiles = ceil_div(g.channels, Tile::kColumns), tiles = input_gradient_tiles(p);
+  const int64_t column_tiles = ceil_div(g.channels, Tile::kColumns), tiles = input_gradient_tiles(g, Tile::kRows);
   const auto unit = [&](int64_t channels, const void* a, const void* b) {
     const int64_t found = unit_of(channels, p.type, {a, b}), most = 8 / bytes_of(p.type);
     return static_cast<int>(found < most ? found : most);
   };
-  InputGradientLaunch launch = {p};
+  InputGradientLaunch launch = {};
+  launch.p = p;
   launch.column_tiles = static_cast<int>(column_tiles);
   launch.phases_h = phases_of(g.stride_h, g.height);
   launch.phases_w = phases_of(g.stride_w, g.width);
@@ -30,46 +31,45 @@ void launch_input_gradient(const ConvBackward& p, void* stream) {
   if (p.grad_y == nullptr) launch.p.factor = nullptr;
   const dim3 grid(static_cast<unsigned>(tiles * column_tiles));
   constexpr int shared = input_gradient_shared_bytes<Tile, Transform, Flat, Pointwise>();
-  FASTRES_LAUNCH((conv_input_gradient<Tile, Transform, Flat, Pointwise>), grid, dim3(Tile::kThreads), shared, stream, launch);
-}
-
-// The tile that input_gradient_tile(problem) names.
-template <class T, bool Split, class Transform, bool Flat, bool Pointwise>
-void launch_input_gradient_tile(const ConvBackward& p, void* stream) {
-  if constexpr (sizeof(T) == 2 && !Flat) {  // elsewhere it is the small one
-    switch (input_gradient_tile(p)) {
-      case TileShape::large: return launch_input_gradient<Tile<T, Split, 128, 128, 32, 64, 3>, Transform, Flat, Pointwise>(p, stream);
-      case TileShape::tall: return launch_input_gradient<Tile<T, Split, 128, 64, 32, 64, 3>, Transform, Flat, Pointwise>(p, stream);
-      case TileShape::small: break;
-    }
+  if (tiles > 0) {
+    FASTRES_LAUNCH((conv_input_gradient<Tile, Transform, Flat, Pointwise>), grid, dim3(Tile::kThreads), shared, stream, launch);
   }
-  launch_input_gradient<Tile<T, Split, 64, 64, 32, 32, 3>, Transform, Flat, Pointwise>(p, stream);
+  if (p.grad_scale != nullptr) launch_sums(p.workspace, tiles, g.channels, p.grad_scale, p.grad_shift, stream);
 }
 
-template <class T, bool Split, class Transform>
+template <class Tile, class Transform>
 void launch_input_gradient_kind(const ConvBackward& p, void* stream) {
   if (!input_gradient_wide(p)) {
-    launch_input_gradient_tile<T, Split, Transform, true, false>(p, stream);
+    if constexpr (Tile::kRows == 64) launch_input_gradient<Tile, Transform, true, false>(p, stream);  // the only tile that is chosen
   } else if (is_pointwise(p.shape)) {
-    launch_input_gradient_tile<T, Split, Transform, false, true>(p, stream);
+    launch_input_gradient<Tile, Transform, false, true>(p, stream);
   } else {
-    launch_input_gradient_tile<T, Split, Transform, false, false>(p, stream);
+    launch_input_gradient<Tile, Transform, false, false>(p, stream);
+  }
+}
+
+template <class Tile>
+void launch_input_gradient_tile(const ConvBackward& p, void* stream) {
+  if (p.grad_var != nullptr) {
+    launch_input_gradient_kind<Tile, Combined<true>>(p, stream);
+  } else if (p.grad_mean != nullptr || p.factor != nullptr) {
+    launch_input_gradient_kind<Tile, Combined<false>>(p, stream);
+  } else {
+    launch_input_gradient_kind<Tile, Raw>(p, stream);
   }
 }
 
 // Queues the kernels of one element type on `stream` (cudaStream_t). The problem has no refusal().
 template <class T, bool Split>
 void launch_input_gradient_type(const ConvBackward& p, void* stream) {
-  if (rows_in(p.shape) > 0) {
-    if (p.grad_var != nullptr) {
-      launch_input_gradient_kind<T, Split, Combined<true>>(p, stream);
-    } else if (p.grad_mean != nullptr || p.factor != nullptr) {
-      launch_input_gradient_kind<T, Split, Combined<false>>(p, stream);
-    } else {
-      launch_input_gradient_kind<T, Split, Raw>(p, stream);
+  if constexpr (sizeof(T) == 2) {  // floats take the small tile
+    switch (input_gradient_tile(p)) {
+      case TileShape::large: return launch_input_gradient_tile<Tile<T, Split, 128, 128, 32, 64, 3>>(p, stream);
+      case TileShape::tall: return launch_input_gradient_tile<Tile<T, Split, 128, 64, 32, 64, 3>>(p, stream);
+      case TileShape::small: break;
     }
   }
-  if (p.grad_scale != nullptr) launch_sums(p.workspace, input_gradient_tiles(p), p.shape.channels, p.grad_scale, p.grad_shift, stream);
+  launch_input_gradient_tile<Tile<T, Split, 64, 64, 32, 32, 3>>(p, stream);
 }
 
 }  // namespace fastres::cuda

@@ -26,14 +26,13 @@ inline TileShape input_gradient_tile(const ConvBackward& p) {
   return tile_of(largest_phase(p.shape) * phases_of(p.shape), p.shape.channels);
 }
 
-// Row tiles of all phases; every phase counts as many as the largest has.
-inline int64_t input_gradient_tiles(const ConvBackward& p) {
-  return ceil_div(largest_phase(p.shape), rows_of(input_gradient_tile(p))) * phases_of(p.shape);
-}
+// Tiles of `rows` pixels in all phases; every phase counts as many as the largest has.
+inline int64_t input_gradient_tiles(const Geometry& g, int64_t rows) { return ceil_div(largest_phase(g), rows) * phases_of(g); }
 
 // Floats of ConvBackward::workspace for the sums; grad_y, y, grad_var, weight and grad_scale must be set.
 inline int64_t input_gradient_workspace(const ConvBackward& p) {
-  return p.grad_scale != nullptr ? merge_workspace(input_gradient_tiles(p), p.shape.channels) : 0;
+  if (p.grad_scale == nullptr) return 0;
+  return merge_workspace(input_gradient_tiles(p.shape, rows_of(input_gradient_tile(p))), p.shape.channels);
 }
 
 }  // namespace fastres::cuda
