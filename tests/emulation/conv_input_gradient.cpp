@@ -5,6 +5,7 @@
 
 using namespace fastres::cuda;
 
+#ifndef FASTRES_SMALL_HALF
 namespace {
 template <int Rows, int Columns, int WarpRows, int WarpColumns>
 void with_tile(const ConvBackward& p) {
@@ -15,15 +16,18 @@ void with_tile(const ConvBackward& p) {
   }
 }
 }  // namespace
+#endif
 
 extern "C" {
 
+#ifdef FASTRES_SMALL_HALF  // compiles fast: what the tests of broken kernels need
+void input_gradient(const ConvBackward* p) { launch_input_gradient_tile<Tile<Half, false, 64, 64, 32, 32, 3>>(*p, nullptr); }
+#else
 void input_gradient(const ConvBackward* p) {
   switch (p->type) {
     case Type::float16: return launch_input_gradient_type<Half, false>(*p, nullptr);
-#ifndef FASTRES_ONE_TYPE
     case Type::bfloat16: return launch_input_gradient_type<BFloat, false>(*p, nullptr);
-    default: break;
+    case Type::float32: break;
   }
   p->precision == Precision::tf32 ? launch_input_gradient_type<float, false>(*p, nullptr)
                                   : launch_input_gradient_type<float, true>(*p, nullptr);
@@ -31,10 +35,6 @@ void input_gradient(const ConvBackward* p) {
 // Tiles that only large problems get.
 void input_gradient_tall(const ConvBackward* p) { with_tile<128, 64, 32, 64>(*p); }
 void input_gradient_large(const ConvBackward* p) { with_tile<128, 128, 32, 64>(*p); }
-#else
-    default: break;
-  }
-}
 #endif
 
 int64_t workspace(const ConvBackward* p) { return input_gradient_workspace(*p); }
