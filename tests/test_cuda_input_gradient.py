@@ -1,5 +1,7 @@
 """The CUDA input gradient of conv_stats without a GPU, as fibers and as nvcc's PTX, against the reference."""
 
+import ctypes
+import math
 import shutil
 from pathlib import Path
 
@@ -8,6 +10,8 @@ import torch
 from emulation import cuda
 from emulation.cuda_problems import PRECISIONS, TYPES, Affine, ConvBackward, Geometry, check, pointer
 from emulation.errors import EmulationError
+from emulation.memory import GuardedMemory
+from emulation.ptx import run_ptx
 from gradient_cases import ARRIVING, DTYPES, PROLOGUES, SHAPES, Arguments, Shape, arguments, tf32_peer
 from parity import SLACK, assert_parity, error_of, floor_of
 from torch import Tensor
@@ -22,7 +26,7 @@ ALIGNED, SINGLE, HALFWAY = 0, 1, 4  # elements that a map lies off a multiple of
 @pytest.fixture(scope="module")
 def library():
     found = cuda.build("conv_input_gradient.cpp")
-    check(found, "problem_size", ConvBackward)
+    check(found, "conv_backward_size", ConvBackward)
     return found
 
 
@@ -31,51 +35,58 @@ def ptx():
     return cuda.Ptx(cuda.ptx("conv_input_gradient.cu"))
 
 
-def placed(t: Tensor | None, offset: int, nan: bool = False) -> Tensor | None:
-    """``t`` [N, C, H, W] or [K, C, R, S] as [N, H, W, C], dense, ``offset`` elements off alignment, NaN around (and inside)."""
-    if t is None:
-        return None
-    like = t.permute(0, 2, 3, 1)
-    room = torch.full((like.numel() + offset + 8,), float("nan"), dtype=t.dtype)
-    out = room[offset : offset + like.numel()].view(like.shape)
-    if not nan:
-        out.copy_(like)
-    return out
+def room(shape: tuple[int, ...], dtype: torch.dtype, offset: int = 0) -> Tensor:
+    """NaN, dense, ``offset`` elements off alignment, with NaN behind it."""
+    size = math.prod(shape)
+    return torch.full((offset + size + 4096,), float("nan"), dtype=dtype)[offset : offset + size].view(shape)
 
 
-def backward(library, a: Arguments, executor, precision="float32", offsets=(0,), function="input_gradient"):
-    """(grad_x [N, C, H, W], grad_scale, grad_shift); offsets: of grad_y, y, weight, x, addend and grad_x, in turn."""
-    maps = (a.grad_y, a.y, a.weight, a.x, a.addend, a.x)
-    named = ("grad_y", "y", "weight", "x", "addend", "grad_x")
-    tensors = {
-        name: placed(t, offsets[i % len(offsets)], nan=name == "grad_x")
-        for i, (name, t) in enumerate(zip(named, maps, strict=True))
-    }
-    for name in ("mean", "grad_mean", "grad_var", "factor"):
-        tensors[name] = getattr(a, name)
-    prologue = None if a.scale is None else (a.scale, a.center, a.shift)
-    if a.grad_var is None:  # what isn't read isn't there
-        tensors["y"] = tensors["mean"] = None
-    if prologue is None:
-        tensors["x"] = None
-    shape = Geometry(
-        *(a.x.shape[i] for i in range(4)), *a.y.shape[1:], *a.weight.shape[2:], *a.stride, *a.padding, *a.dilation
-    )
+def untouched(t: Tensor) -> bool:
+    """Whether there is still NaN around what room() gave."""
+    base, first = t._base, t.storage_offset()
+    assert base is not None
+    return bool(base[:first].isnan().all() and base[first + t.numel() :].isnan().all())
+
+
+def problem_and_tensors(library, a: Arguments, precision: str, offsets: tuple[int, ...], workspace: str):
+    """The problem and its tensors by name, maps as [N, H, W, C] and weights as [K, R, S, C].
+
+    offsets: of grad_y, y, weight, x, addend and grad_x, in turn. What isn't read isn't there.
+    """
+    maps = {"grad_y": a.grad_y, "y": a.y if a.grad_var is not None else None, "weight": a.weight}
+    maps |= {"x": a.x if a.scale is not None else None, "addend": a.addend, "grad_x": a.x}
+    tensors: dict[str, Tensor] = {}
+    for i, (name, t) in enumerate(maps.items()):
+        if t is not None:
+            like = t.permute(0, 2, 3, 1)
+            tensors[name] = room(tuple(like.shape), t.dtype, offsets[i % len(offsets)])
+            if name != "grad_x":
+                tensors[name].copy_(like)
+    vectors = {"mean": a.mean if a.grad_var is not None else None, "grad_mean": a.grad_mean, "grad_var": a.grad_var}
+    tensors |= {name: t for name, t in (*vectors.items(), ("factor", a.factor)) if t is not None}
+    n, c, h, w = a.x.shape
+    shape = Geometry(n, c, h, w, *a.y.shape[1:], *a.weight.shape[2:], *a.stride, *a.padding, *a.dilation)
     p = ConvBackward(type=TYPES[a.x.dtype], precision=PRECISIONS[precision], shape=shape, prologue_relu=a.relu)
-    if prologue is not None:
-        p.prologue = Affine.of(prologue)
-        tensors |= dict(zip(("scale", "center", "shift"), prologue, strict=True))
-        for name in NAMES[1:]:
-            tensors[name] = torch.full(a.x.shape[1:2], float("nan"))
+    if a.scale is not None:
+        tensors["grad_scale"], tensors["grad_shift"] = (room((c,), torch.float32) for _ in range(2))
     for name, t in tensors.items():
-        if name not in ("scale", "center", "shift"):
-            setattr(p, name, pointer(t))
-    size = library.call("workspace" if function == "input_gradient" or not p.grad_scale else "workspace_of_128_rows", p)
-    if size:
-        tensors["workspace"] = torch.full((size,), float("nan"))
+        setattr(p, name, pointer(t))
+    if a.scale is not None:
+        p.prologue = Affine.of((a.scale, a.center, a.shift))
+        tensors |= {"scale": a.scale, "center": a.center, "shift": a.shift}
+        tensors["workspace"] = room((library.call(workspace, p),), torch.float32)
         p.workspace = pointer(tensors["workspace"])
-    library.run(function, p, executor, {k: t for k, t in tensors.items() if t is not None})
-    if size and a.x.isfinite().all():
+    return p, tensors
+
+
+def backward(library, a: Arguments, executor, precision="float32", offsets=(0,), tile=""):
+    """(grad_x [N, C, H, W], grad_scale, grad_shift)."""
+    of_tile = "_of_128_rows" if tile in ("tall", "large") else "_of"
+    p, tensors = problem_and_tensors(library, a, precision, offsets, f"input_gradient_workspace{of_tile}")
+    library.run("input_gradient" + (f"_{tile}" if tile else ""), p, executor, tensors)
+    for name in (*NAMES, "workspace"):
+        assert name not in tensors or untouched(tensors[name]), f"something is written past the end of {name}"
+    if a.scale is not None and a.x.isfinite().all():
         assert not tensors["workspace"].isnan().any(), "a part of the workspace is never written"
     return tensors["grad_x"].permute(0, 3, 1, 2), tensors.get("grad_scale"), tensors.get("grad_shift")
 
@@ -198,11 +209,11 @@ WIDE = (
     Shape(1, 16, 14, 14, 8, 7, 7, (2, 2), (3, 3)),
     Shape(1, 72, 4, 8, 40, 1, 1),
 )
-TILES = {"": ("fp16", "bf16", "fp32", "tf32"), "_tall": ("fp16", "bf16"), "_large": ("bf16", "fp16")}
+TILES = {"small": ("fp16", "bf16", "fp32", "tf32"), "tall": ("fp16", "bf16"), "large": ("bf16", "fp16")}
 
 
 @EXECUTORS
-@pytest.mark.parametrize("tile", TILES, ids=lambda t: t or "small")
+@pytest.mark.parametrize("tile", TILES)
 @pytest.mark.parametrize("i", range(len(WIDE)), ids=lambda i: str(WIDE[i]))
 def test_every_tile(library, ptx, i: int, tile: str, executor: str):
     """The larger ones are chosen for maps that are too large to emulate: here the test asks for them."""
@@ -211,8 +222,7 @@ def test_every_tile(library, ptx, i: int, tile: str, executor: str):
             continue
         a = arguments(WIDE[i], DTYPES[kind], ARRIVING[(i + n) % 5], PROLOGUES[(i + n) % 3], seed=i)
         a = with_more(a, i, i % 2 == 1, n % 2 == 1)
-        function = f"input_gradient{tile}"
-        assert_exact(backward(library, a, executor_of(executor, i + n, ptx), precision_of(kind), function=function), a)
+        assert_exact(backward(library, a, executor_of(executor, i + n, ptx), precision_of(kind), tile=tile), a)
 
 
 @EXECUTORS
@@ -259,18 +269,48 @@ def test_tiles_and_workspaces(library):
         (problem_of(256, 64, 56, 60, 3, 1), 0, 256 * 56 * 56 // 64),
         (problem_of(256, 64, 56, 64, 3, 1, "float32"), 0, 256 * 56 * 56 // 64),
     ):
-        assert library.call("tile", problem) == tile
+        assert library.call("input_gradient_tile_of", problem) == tile
         floats, channels = 0, problem.shape.channels
         while True:
             floats += tiles * 2 * channels
             if tiles <= 128:
                 break
             tiles = -(-tiles // 128)
-        assert library.call("workspace", problem) == floats
+        assert library.call("input_gradient_workspace_of", problem) == floats
+
+
+def test_what_is_refused(library):
+    def reason(shape: Geometry) -> str:
+        return (library.call("input_gradient_refusal_of", shape, result=ctypes.c_char_p) or b"").decode()
+
+    assert reason(problem_of(256, 64, 56, 64, 3, 1).shape) == ""
+    assert "32 x 32" in reason(problem_of(1, 64, 56, 64, 33, 1).shape)
+    assert "tiles" in reason(problem_of(1, 128, 40000, 64, 1, 40000).shape)
+
+
+@pytest.mark.parametrize("arriving", ((True, True, True), (True, False, False)), ids=("statistics", "plain"))
+@pytest.mark.parametrize("i", (1, 6), ids=lambda i: str(WIDE[i]))
+def test_every_byte_is_in_the_formulas(library, ptx, i: int, arriving):
+    """README.md's table against the interpreter's count, each byte once; channel vectors aside."""
+    a = with_more(arguments(WIDE[i], torch.float16, arriving), 0, scales=False)
+    p, tensors = problem_and_tensors(library, a, "float32", (0,), "input_gradient_workspace_of")
+    found = []
+    for launch in library.record("input_gradient", p):
+        memory = GuardedMemory(tensors)
+        run_ptx(ptx.text, memory, launch.grid, launch.block[0], launch.shared, list(launch.values), entry=launch.name)
+        found.append(memory.traffic())
+    maps = {name: t.numel() * t.element_size() for name, t in tensors.items() if t.dim() == 4}
+    grad_x, partials = maps.pop("grad_x"), 4 * tensors["workspace"].numel()
+    vectors = {"mean", "grad_mean", "grad_var", "scale", "center", "shift"}
+    reads = [{k: v for k, v in one.unique_loaded.items() if k not in vectors} for one in found]
+    assert reads == [maps, {"workspace": partials}]
+    assert found[0].unique_stored == {"grad_x": grad_x, "workspace": partials}
+    assert found[1].unique_stored == {name: 4 * WIDE[i].c for name in NAMES[1:]}
 
 
 KERNEL, GATHER, SUMS = "conv_stats/cuda_input_gradient.cuh", "conv/cuda_gather.cuh", "conv_stats/cuda_sums.cuh"
 BROKEN = {
+    "nothing": (KERNEL, "targets", "targets"),  # passes
     "no padding mask": (GATHER, "if (!Flat && !visible(i, e % 2, 0))", "if (false)"),
     "an off-by-one padding mask": (GATHER, "< static_cast<unsigned>(size)", "<= static_cast<unsigned>(size)"),
     "a phase's last row": (KERNEL, "(g.height - phase_h + g.stride_h - 1)", "(g.height - phase_h)"),
@@ -293,17 +333,22 @@ BROKEN = {
 @pytest.mark.parametrize("what", BROKEN)
 def test_a_broken_kernel_is_seen(what: str, tmp_path: Path):
     file, old, new = BROKEN[what]
-    for part in ("common", "conv", "conv_stats"):
-        for path in (cuda.ROOT / "kernels" / part).glob("cuda_*"):
-            (tmp_path / "kernels" / part).mkdir(parents=True, exist_ok=True)
-            shutil.copy(path, tmp_path / "kernels" / part)
+    for folder in ("kernels", "tests/emulation"):
+        shutil.copytree(
+            cuda.ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("*.py", "__pycache__", "*.md")
+        )
     broken = tmp_path / "kernels" / file
     source = broken.read_text()
     assert source.count(old) >= 1, "the mutation no longer applies"
     broken.write_text(source.replace(old, new))
-    shutil.copy(cuda.HERE / "conv_input_gradient.cpp", tmp_path)
-    library = cuda.build(tmp_path / "conv_input_gradient.cpp", ("-DFASTRES_SMALL_HALF", "-O0"))
-    with pytest.raises((AssertionError, EmulationError)):
+    library = cuda.build(tmp_path / "tests" / "emulation" / "conv_input_gradient_one.cpp", ("-O0", "-Wno-error"))
+
+    def run() -> None:
         for shape in (WIDE[1], WIDE[0], WIDE[2], WIDE[6], Shape(2, 20, 9, 9, 40, 3, 3, (2, 2))):
             a = with_more(arguments(shape, torch.float16), 0, scales=False)
             assert_exact(backward(library, a, cuda.Fibers(2)), a)
+
+    if old == new:
+        return run()
+    with pytest.raises((AssertionError, EmulationError)):
+        run()

@@ -4,5 +4,5 @@
 #include "../../kernels/conv_stats/cuda_input_gradient_launch.cuh"
 
 namespace fastres::cuda {
-template void launch_input_gradient_type<BFloat, false>(const ConvBackward&, void*);
+template void launch_input_gradient_type<BFloat, false>(const ConvBackward&, TileShape, void*);
 }  // namespace fastres::cuda

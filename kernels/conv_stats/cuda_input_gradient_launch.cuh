@@ -59,11 +59,12 @@ void launch_input_gradient_tile(const ConvBackward& p, void* stream) {
   }
 }
 
-// Queues the kernels of one element type on `stream` (cudaStream_t). The problem has no refusal().
+// Queues the kernels of one element type on `stream` (cudaStream_t). The problem has no refusal(); `tile`: input_gradient_tile(problem),
+// or a larger one where rows are wide.
 template <class T, bool Split>
-void launch_input_gradient_type(const ConvBackward& p, void* stream) {
-  if constexpr (sizeof(T) == 2) {  // floats take the small tile
-    switch (input_gradient_tile(p)) {
+void launch_input_gradient_type(const ConvBackward& p, TileShape tile, void* stream) {
+  if constexpr (sizeof(T) == 2) {  // floats take the small one
+    switch (tile) {
       case TileShape::large: return launch_input_gradient_tile<Tile<T, Split, 128, 128, 32, 64, 3>>(p, stream);
       case TileShape::tall: return launch_input_gradient_tile<Tile<T, Split, 128, 64, 32, 64, 3>>(p, stream);
       case TileShape::small: break;

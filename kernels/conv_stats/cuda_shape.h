@@ -35,4 +35,10 @@ inline int64_t input_gradient_workspace(const ConvBackward& p) {
   return merge_workspace(input_gradient_tiles(p.shape, rows_of(input_gradient_tile(p))), p.shape.channels);
 }
 
+// Null, or why the kernels don't serve a shape.
+inline const char* input_gradient_refusal(const Geometry& g) {
+  if (const char* const reason = refusal(g)) return reason;
+  return input_gradient_tiles(g, 64) * ceil_div(g.channels, 64) > kMaxGrid ? "2^31 tiles of the input gradient or more" : nullptr;
+}
+
 }  // namespace fastres::cuda

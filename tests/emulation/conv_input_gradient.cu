@@ -3,8 +3,8 @@
 #include "kernels/conv_stats/cuda_input_gradient_launch.cuh"
 
 namespace fastres::cuda {
-template void launch_input_gradient_type<Half, false>(const ConvBackward&, void*);
-template void launch_input_gradient_type<BFloat, false>(const ConvBackward&, void*);
-template void launch_input_gradient_type<float, false>(const ConvBackward&, void*);
-template void launch_input_gradient_type<float, true>(const ConvBackward&, void*);
+template void launch_input_gradient_type<Half, false>(const ConvBackward&, TileShape, void*);
+template void launch_input_gradient_type<BFloat, false>(const ConvBackward&, TileShape, void*);
+template void launch_input_gradient_type<float, false>(const ConvBackward&, TileShape, void*);
+template void launch_input_gradient_type<float, true>(const ConvBackward&, TileShape, void*);
 }  // namespace fastres::cuda
