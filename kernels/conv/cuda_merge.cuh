@@ -1,13 +1,9 @@
 // Statistics of tiles become those of the map: Chan, Golub and LeVeque's merge, in a fixed order.
 #pragma once
 
-#include "../common/cuda_device.cuh"
-#include "cuda_shape.h"
+#include "cuda_slices.cuh"
 
 namespace fastres::cuda {
-
-constexpr int kMergeThreads = 256;
-constexpr int kMergeSlices = kMergeThreads / kWarp;
 
 // `partial` [tiles][2][channels]: mean and M2 = sum (y - mean)^2 of each tile; a tile has `rows` rows, the last what is left of `total`.
 struct Merge {
@@ -30,14 +26,6 @@ __global__ void __launch_bounds__(kMergeThreads) merge_statistics(Merge m) {
   const int first = static_cast<int>(blockIdx.y * kMergeTiles);
   const int last = first + kMergeTiles < m.tiles ? first + static_cast<int>(kMergeTiles) : m.tiles;
   const bool exists = channel < m.channels;
-  const auto add_up = [&](double mine) {
-    shared[slice][lane] = mine;
-    __syncthreads();
-    double sum = 0;
-    for (int i = 0; i < kMergeSlices; ++i) sum += shared[i][lane];
-    __syncthreads();
-    return sum;
-  };
   const auto rows_of = [&](int tile) {
     const int64_t left = m.total - tile * m.rows;
     return static_cast<double>(left < m.rows ? left : m.rows);
@@ -50,13 +38,13 @@ __global__ void __launch_bounds__(kMergeThreads) merge_statistics(Merge m) {
   const double count = static_cast<double>(left < most ? left : most);
   double moved = 0;
   for (int tile = first + slice; exists && tile < last; tile += kMergeSlices) moved += rows_of(tile) * (entry(tile, 0) - origin);
-  const double shift = add_up(moved) / count;
+  const double shift = add_slices(shared, moved) / count;
   double squares = 0;
   for (int tile = first + slice; exists && tile < last; tile += kMergeSlices) {
     const double apart = entry(tile, 0) - origin - shift;
     squares += entry(tile, 1) + rows_of(tile) * apart * apart;
   }
-  squares = add_up(squares);
+  squares = add_slices(shared, squares);
   if (slice != 0 || !exists) return;
   const int64_t group = blockIdx.y;
   if constexpr (Final) {

@@ -1,0 +1,8 @@
+// The input gradient's kernels of one storage type, a translation unit of their own so that all build side by side.
+#include "launch_kernel.cuh"
+
+#include "../../kernels/conv_stats/cuda_input_gradient_launch.cuh"
+
+namespace fastres::cuda {
+template void launch_input_gradient_type<Half, false>(const ConvBackward&, TileShape, void*);
+}  // namespace fastres::cuda
