@@ -69,14 +69,12 @@ FASTRES_DEVICE void right_rows(const unsigned char* rows, int half, uint32_t (&b
 
 // Columns of k: shared [elements of a step][pitch bytes], a row holds `width` neighbours of m or n. The pad makes eight rows (of 16 bytes),
 // or four rows and eight columns of floats, meet all banks once.
-template <class T>
-constexpr int column_pitch(int width) {
-  return width * static_cast<int>(sizeof(T)) + (sizeof(T) == 4 ? 32 : 16);
-}
+template <class T, int Width>
+constexpr int kColumnPitch = Width * static_cast<int>(sizeof(T)) + (sizeof(T) == 4 ? 32 : 16);
 template <class Tile>
 FASTRES_DEVICE void left_columns(const unsigned char* columns, int half, int i, uint32_t (&a)[4]) {
   using T = typename Tile::T;
-  constexpr int pitch = column_pitch<T>(Tile::kRows);
+  constexpr int pitch = kColumnPitch<T, Tile::kRows>;
   const int lane = Tile::lane(), row = Tile::first_row() + i * 16;
   if constexpr (sizeof(T) == 2) {
     const int k = half * 16 + lane / 16 * 8 + lane % 8;
@@ -92,7 +90,7 @@ FASTRES_DEVICE void left_columns(const unsigned char* columns, int half, int i, 
 template <class Tile>
 FASTRES_DEVICE void right_columns(const unsigned char* columns, int half, uint32_t (&b)[Tile::kColumnTiles][2]) {
   using T = typename Tile::T;
-  constexpr int pitch = column_pitch<T>(Tile::kColumns);
+  constexpr int pitch = kColumnPitch<T, Tile::kColumns>;
   const int lane = Tile::lane(), column = Tile::first_column();
 #pragma unroll
   for (int j = 0; j < Tile::kColumnTiles; j += 2) {
