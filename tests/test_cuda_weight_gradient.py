@@ -279,27 +279,32 @@ LAUNCH = "conv_stats/cuda_weight_gradient_launch.cuh"
 BROKEN = {
     "a pixel too many": (LAUNCH, "static_cast<uint32_t>(rows_out(g))", "static_cast<uint32_t>(rows_out(g) + 1)"),
     "a pixel too few": (LAUNCH, "static_cast<uint32_t>(rows_out(g))", "static_cast<uint32_t>(rows_out(g) - 1)"),
-    "no padding mask": (OPERANDS, "b[j][side] &= seen", "b[j][side] &= ~0u"),
-    "no padding mask, flat": (OPERANDS, "& 1u) == 0) x[k] = 0.0f", "& 1u) == 2) x[k] = 0.0f"),
+    "no padding mask": (OPERANDS, "return rows[pixel].has(tap_h, tap_w); });", "return pixel >= 0; });"),
     "the mask of another step": (OPERANDS, "void next() { advance(&now); }", "void next() {}"),
-    "no mask of pixels past the end": (OPERANDS, "& live[e / 2]", "& (live[e / 2] | ~0u)"),
+    "the mask of another tap": (OPERANDS, "tap_h = p.r, tap_w = p.s", "tap_h = p.s, tap_w = p.r"),
+    "no mask of pixels past the end": (OPERANDS, "return now + pixel < total;", "return pixel >= 0;"),
     "the first split": (KERNEL, "int split = 0; split < s.splits", "int split = 1; split < s.splits"),
     "the last split": (KERNEL, "split < s.splits;", "split + 1 < s.splits;"),
     "a split's last step": (KERNEL, "first_step : launch.each;", "first_step : launch.each - 1;"),
     "taps transposed": (KERNEL, "tap / g.filter_width * g.dilation_h", "tap % g.filter_width * g.dilation_h"),
-    "taps transposed, flat": (OPERANDS, "p.r | p.s << 16", "p.s | p.r << 16"),
-    "another filter's vectors": (OPERANDS, "vectors[i][e % 2][n]", "vectors[i][e / 2][n]"),
-    "another channel's vectors": (OPERANDS, "j * 8 + Tile::lane() / 4", "j * 8 + Tile::lane() % 8"),
-    "the second half's pixels": (OPERANDS, "return half * (kStep<T> / 2) +", "return 0 * half +"),
+    "taps transposed, flat": (OPERANDS, "p.r) * map.h.step * map.w.size + p.s", "p.s) * map.h.step * map.w.size + p.r"),
+    "another filter's vectors": (OPERANDS, "vectors.of[r * per + k]", "vectors.of[r]"),
+    "another channel's vectors": (OPERANDS, "transform.vectors[n][p.c + e]", "transform.vectors[n][p.c]"),
+    "another channel's vectors, narrow": (OPERANDS, "vectors.of[k]), place", "vectors.of[0]), place"),
+    "the second map's pixels": (OPERANDS, "own(shared + kBytes, pixel)", "own(shared + kBytes, pixel ^ 1)"),
+    "a copy that is left as it is": (OPERANDS, "*place = a;", "if (i > 0) *place = a;"),
     "columns past the end": (KERNEL, "column >= columns", "column > columns"),
-    "a table too few": (OPERANDS, "kTables = Tile::kStages + 1", "kTables = Tile::kStages"),
+    "a table too few": (OPERANDS, "kTables = Tile::kStages;", "kTables = Tile::kStages - 1;"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("what", BROKEN)
 def test_a_broken_kernel_is_seen(what: str):
     library = build(*SMALL, BROKEN[what], flags=("-DFASTRES_FEW",))
-    shapes = (Shape(2, 40, 7, 9, 21, 3, 3, (2, 2), (1, 1)), WIDE[0], SHAPES[14], Shape(1, 40, 9, 9, 24, 1, 1))
+    shapes = (
+        Shape(2, 40, 7, 9, 21, 3, 3, (2, 2), (1, 1)), WIDE[0], SHAPES[14], Shape(1, 40, 9, 9, 24, 1, 1),
+        Shape(2, 20, 7, 9, 12, 3, 3, (1, 1), (1, 1)),
+    )  # fmt: skip
     with pytest.raises((AssertionError, EmulationError)):
         test_pixels_past_the_end_count_nothing(library)
         for shape in shapes:

@@ -10,6 +10,7 @@ struct WeightLaunch {
   Window map;
   Lattice lattice;                  // its origin is that of tap (0, 0)
   uint32_t pixels;                  // N*P*Q
+  float inverse_count;              // of them
   int column_tiles, channel_tiles;  // of all taps, and of one (Flat: of all)
   int steps, each;                  // of the reduction, and of a split
   int unit_filters, unit_channels;  // Flat: elements of K and of C that are aligned together
@@ -25,7 +26,7 @@ constexpr int weight_gradient_shared_bytes() {
   using Right = Inputs<Tile, RightTransform, Flat>;
   constexpr int ring = kRingBytes<Gradients<Tile, Transform, Flat>, Right, Tile>;
   constexpr int output = Tile::kRows * kSumPitch<Tile> * 4;
-  return Right::kTables * static_cast<int>(sizeof(Table<typename Tile::T>)) + (ring > output ? ring : output);
+  return Right::kTables * kStep<typename Tile::T> * static_cast<int>(sizeof(Row)) + (ring > output ? ring : output);
 }
 
 // Rows x columns of `sums` to `to`, the tile's first element in a matrix with rows of `length`; V elements a store.
@@ -53,8 +54,8 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks) conv_weight_gra
   using Left = Gradients<Tile, Transform, Flat>;
   using Right = Inputs<Tile, RightTransform, Flat>;
   FASTRES_DYNAMIC_SHARED(shared);
-  Table<T>* const tables = reinterpret_cast<Table<T>*>(shared);
-  unsigned char* const ring = shared + Right::kTables * sizeof(Table<T>);
+  Row* const tables = reinterpret_cast<Row*>(shared);  // [kTables][pixels of a step]
+  unsigned char* const ring = shared + Right::kTables * kStep<T> * sizeof(Row);
   const ConvBackward& p = launch.p;
   const Geometry& g = p.shape;
   const int row_tile = static_cast<int>(blockIdx.x) / launch.column_tiles, column_tile = static_cast<int>(blockIdx.x) % launch.column_tiles;
@@ -68,7 +69,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks) conv_weight_gra
                typename Left::Copies(launch.unit_filters), {}};
   if constexpr (Transform::kMaps > 1) {
     left.maps[1] = static_cast<const T*>(p.y);
-    left.transform = {{p.factor, p.grad_mean, p.grad_var, p.mean}, 1.0f / static_cast<float>(total)};
+    left.transform = {{p.factor, p.grad_mean, p.grad_var, p.mean}, launch.inverse_count};
   }
   left.begin();
   Right right = {static_cast<const T*>(p.x),

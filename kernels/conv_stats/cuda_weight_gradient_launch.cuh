@@ -34,6 +34,7 @@ void launch_weight_gradient(const ConvBackward& p, const WeightPlan& plan, void*
   launch.lattice = {
       divisor_of(g.out_width), divisor_of(g.out_height), g.out_width, g.out_height, g.stride_h, g.stride_w, -g.pad_h, -g.pad_w};
   launch.pixels = static_cast<uint32_t>(rows_out(g));
+  launch.inverse_count = static_cast<float>(1.0 / static_cast<double>(rows_out(g)));
   launch.column_tiles = static_cast<int>(plan.column_tiles);
   launch.channel_tiles = static_cast<int>(plan.channel_tiles);
   launch.steps = static_cast<int>(plan.steps);
