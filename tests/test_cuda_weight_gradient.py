@@ -279,7 +279,7 @@ LAUNCH = "conv_stats/cuda_weight_gradient_launch.cuh"
 BROKEN = {
     "a pixel too many": (LAUNCH, "static_cast<uint32_t>(rows_out(g))", "static_cast<uint32_t>(rows_out(g) + 1)"),
     "a pixel too few": (LAUNCH, "static_cast<uint32_t>(rows_out(g))", "static_cast<uint32_t>(rows_out(g) - 1)"),
-    "no padding mask": (OPERANDS, "return rows[pixel].has(tap_h, tap_w); });", "return pixel >= 0; });"),
+    "no padding mask": (OPERANDS, "return rows[pixel].has(tap_h, tap_w); });", "return rows != nullptr && pixel >= 0; });"),
     "the mask of another step": (OPERANDS, "void next() { advance(&now); }", "void next() {}"),
     "the mask of another tap": (OPERANDS, "tap_h = p.r, tap_w = p.s", "tap_h = p.s, tap_w = p.r"),
     "no mask of pixels past the end": (OPERANDS, "return now + pixel < total;", "return pixel >= 0;"),
