@@ -11,6 +11,8 @@ import torch
 from emulation import cuda
 from emulation.cuda_problems import PRECISIONS, TYPES, Affine, ConvBackward, Geometry, check, pointer
 from emulation.errors import EmulationError, SharedMemoryRace
+from emulation.memory import GuardedMemory
+from emulation.ptx import run_ptx
 from gradient_cases import ARRIVING, DTYPES, PROLOGUES, SHAPES, Arguments, Shape, arguments, tf32_peer
 from parity import assert_parity
 from torch import Tensor
@@ -273,6 +275,44 @@ def test_divisions_by_multiplication(library):
         }:
             if 0 <= n < 2**31:
                 assert library.call("quotient", n, divisor, result=ctypes.c_uint32) == n // divisor, (n, divisor)
+
+
+class Counting:
+    """Runs PTX; ``traffic``: of each launch by its kernel, the bytes of each tensor that were read and written, once each."""
+
+    def __init__(self, text: str) -> None:
+        self.text, self.traffic = text, {}
+
+    def execute(self, library, function, problem, tensors) -> None:
+        for launch in library.record(function, problem):
+            memory = GuardedMemory(tensors)
+            run_ptx(
+                self.text, memory, launch.grid, launch.block[0], launch.shared, list(launch.values), entry=launch.name
+            )
+            seen = memory.traffic()
+            name = "sum" if "sum_splits" in launch.name else "product"
+            self.traffic[name] = [
+                {k: v for k, v in part.items() if v} for part in (seen.unique_loaded, seen.unique_stored)
+            ]
+
+
+@pytest.mark.parametrize("arriving", ((True, True, True), (True, False, False)), ids=("statistics", "plain"))
+@pytest.mark.parametrize("shape", (WIDE[0], WIDE[5], SHAPES[14]), ids=str)
+def test_every_byte_is_in_the_formulas(library, shape, arriving):
+    """README.md's table against the interpreter's count; channel vectors aside."""
+    a = arguments(shape, torch.float16, arriving)
+    problem, executor = Problem(a), Counting(ptx(torch.float16))
+    problem.run(library, executor)
+    splits = problem.plan(library)["splits"]
+    x, y, weight = (2 * t.numel() for t in (a.x, a.y, a.weight))
+    seen = 2 * a.y.numel() // shape.k * shape.c if (shape.r, shape.s) == (1, 1) else x
+    gradient = {"grad_y": y, **({"y": y} if arriving[2] else {})}
+    vectors = {"mean", "grad_mean", "grad_var", "scale", "center", "shift"}
+    slabs = {"workspace": 2 * splits * weight}
+    loaded, stored = executor.traffic.pop("product")
+    assert {k: v for k, v in loaded.items() if k not in vectors} == {**gradient, "x": seen}
+    assert stored == (slabs if splits > 1 else {"grad_weight": weight})
+    assert executor.traffic == ({"sum": [slabs, {"grad_weight": weight}]} if splits > 1 else {})
 
 
 OPERANDS, KERNEL = "conv_stats/cuda_weight_operands.cuh", "conv_stats/cuda_weight_gradient.cuh"
