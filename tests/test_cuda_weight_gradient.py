@@ -4,6 +4,7 @@ import ctypes
 import functools
 import hashlib
 import itertools
+import mmap
 import re
 
 import pytest
@@ -275,6 +276,24 @@ def test_divisions_by_multiplication(library):
         }:
             if 0 <= n < 2**31:
                 assert library.call("quotient", n, divisor, result=ctypes.c_uint32) == n // divisor, (n, divisor)
+
+
+@pytest.mark.parametrize("offset", (0, 1), ids=("wide", "flat"))
+def test_offsets_past_2_to_the_31(library, offset):
+    """An input of 2.56e9 elements, of which a stride reads four pixels: the rest of the memory is reserved only."""
+    a = arguments(Shape(1, 64, 2, 2, 8, 1, 1), torch.float16)
+    height, width, c = 1000, 40000, 64
+    no_reserve = 0x4000  # MAP_NORESERVE of Linux
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | no_reserve
+    room = mmap.mmap(-1, 2 * (height * width * c + offset), flags=flags)
+    x = torch.frombuffer(room, dtype=torch.float16)[offset:].view(1, height, width, c)
+    x[:, :: height - 1, :: width - 1] = a.x.permute(0, 2, 3, 1)
+    problem = Problem(a)
+    shape = problem.struct.shape
+    shape.height, shape.width, shape.stride_h, shape.stride_w = height, width, height - 1, width - 1
+    problem.struct.x = pointer(x)
+    assert problem.plan(library)["flat"] == offset
+    assert_exact(problem.run(library, cuda.Fibers(0)), a)
 
 
 class Counting:

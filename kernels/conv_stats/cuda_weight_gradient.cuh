@@ -110,7 +110,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks) conv_weight_gra
   const int64_t at = first_filter * length + static_cast<int64_t>(tap) * g.channels + first_column;
   const int rows = g.filters - first_filter, columns = width - first_column;  // that are left
   if (gridDim.y > 1) {
-    float* const to = p.workspace + blockIdx.y * g.filters * length + at;
+    float* const to = p.workspace + static_cast<int64_t>(blockIdx.y) * g.filters * length + at;
     launch.wide_result ? store_sums<Tile, 4>(sums, to, length, rows, columns) : store_sums<Tile, 1>(sums, to, length, rows, columns);
   } else {
     T* const to = static_cast<T*>(p.grad_weight) + at;
