@@ -14,6 +14,7 @@ from emulation.cuda_problems import PRECISIONS, TYPES, Affine, ConvBackward, Geo
 from emulation.errors import EmulationError, SharedMemoryRace
 from emulation.memory import GuardedMemory
 from emulation.ptx import run_ptx
+from emulation.sanitized import Sanitized
 from gradient_cases import ARRIVING, DTYPES, PROLOGUES, SHAPES, Arguments, Shape, arguments, tf32_peer
 from parity import assert_parity
 from torch import Tensor
@@ -371,6 +372,15 @@ def test_a_broken_kernel_is_seen(what: str):
             a = arguments(shape, torch.float16)
             for seed in range(4):
                 assert_exact(Problem(a).run(library, cuda.Fibers(seed)), a)
+
+
+@pytest.mark.parametrize("sanitizer", ("thread", "address"))
+def test_sanitizers_find_nothing(sanitizer):
+    """Copies of 16, 8 and 2 bytes, with several splits."""
+    library = build(*SMALL, flags=("-DFASTRES_FEW",))
+    for shape in (WIDE[0], SHAPES[14], Shape(2, 20, 7, 9, 12, 3, 3, (1, 1), (1, 1))):
+        a = arguments(shape, torch.float16)
+        assert_exact(Problem(a).run(library, Sanitized(sanitizer)), a)
 
 
 def test_a_removed_barrier_or_wait_is_seen(library):
