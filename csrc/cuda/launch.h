@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../../kernels/conv/cuda_problem.h"
+#include "../../kernels/conv_stats/cuda_weight_shape.h"
 #include "../../kernels/scale_shift_act/cuda_problem.h"
 
 namespace fastres::cuda {
@@ -14,8 +15,7 @@ const char* conv_forward(const ConvForward& problem, int device, void* stream);
 const char* conv_input_gradient(const ConvBackward& problem, int device, void* stream);
 const char* conv_weight_gradient(const ConvBackward& problem, int device, void* stream);
 
-// Floats of ConvBackward::workspace for each gradient. Everything else of the problem must be set.
+// Floats of ConvBackward::workspace, as weight_gradient_workspace() says of the other gradient. Everything else of the problem must be set.
 int64_t input_gradient_workspace(const ConvBackward& problem);
-int64_t weight_gradient_workspace(const ConvBackward& problem);
 
 }  // namespace fastres::cuda

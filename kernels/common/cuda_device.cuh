@@ -33,8 +33,12 @@ FASTRES_DEVICE float to_float(Half x) { return __half2float(__ushort_as_half(x.b
 FASTRES_DEVICE void from_float(float x, float* out) { *out = x; }
 FASTRES_DEVICE void from_float(float x, Half* out) { out->bits = __half_as_ushort(__float2half_rn(x)); }
 FASTRES_DEVICE void from_float(float x, BFloat* out) {  // to nearest even; NaN stays NaN
+#ifdef __CUDACC__
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(out->bits) : "f"(x));
+#else
   const uint32_t bits = __float_as_uint(x);
   out->bits = static_cast<uint16_t>((x != x ? (bits | 0x400000u) : bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+#endif
 }
 
 // x as it is after a store and a load.

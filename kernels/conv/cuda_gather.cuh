@@ -109,8 +109,8 @@ struct Combined {
   const float* vectors[kVectors];
   float inverse_count;  // 1/n
   FASTRES_DEVICE float operator()(float grad, float y, const float (&v)[kVectors]) const {
-    const float constant = v[1] * inverse_count;
-    float g = vectors[0] != nullptr ? v[0] * grad + constant : grad + constant;
+    const float factor = vectors[0] != nullptr ? v[0] : 1.0f;
+    float g = fmaf(factor, grad, v[1] * inverse_count);
     if constexpr (WithY) g = fmaf(v[2] * (2.0f * inverse_count), y - v[3], g);
     return g;
   }

@@ -7,6 +7,7 @@
 //
 //   Operand:  kStageBytes                            its part of a stage
 //             load(stage)                            issues the copies of its next step, and moves on
+//             arrived(stage)                         if it has it: this thread's copies of a step have landed; no other's, to be sure
 //             fragments(stage, half, registers)      half a step for this warp, transformed; called once for each half, in order
 //             next()                                 the step that fragments() reads is over
 #pragma once
@@ -181,9 +182,11 @@ FASTRES_DEVICE void main_loop(Tile& d, Left& left, Right& right, int steps, unsi
 #pragma unroll 1
   for (int step = 0; step < steps; ++step) {
     wait_copies<Tile::kStages - 2>();
+    unsigned char* const stage = ring + used * stage_bytes;
+    if constexpr (requires { left.arrived(stage); }) left.arrived(stage);
+    if constexpr (requires { right.arrived(stage); }) right.arrived(stage + Left::kStageBytes);
     __syncthreads();  // this step has landed for all, and all are done with the one before, whose stage is filled next
     fetch(step + Tile::kStages - 1);
-    const unsigned char* const stage = ring + used * stage_bytes;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       uint32_t a[Tile::kRowTiles][4], b[Tile::kColumnTiles][2];
