@@ -38,7 +38,12 @@ def compare(op, backend, tensors, kwargs, truth_dtypes=torch.float64):
         working = {o.dtype for o in outputs} and next(t for t in tensors if t is not None).dtype
         ups = [torch.randn(o.shape, generator=gen).to(working).to(o.dtype) for o in outputs]
         wanted = [t for t in inputs if t is not None]
-        grads = torch.autograd.grad(outputs, wanted, ups, allow_unused=True) if outputs else []
+        pairs = [(o, up) for o, up in zip(outputs, ups, strict=True) if o.requires_grad]
+        grads = (
+            torch.autograd.grad([o for o, _ in pairs], wanted, [up for _, up in pairs], allow_unused=True)
+            if pairs
+            else []
+        )
         results.append((outputs, [g for g in grads if g is not None]))
     (ours, ours_g), (peer, peer_g), (truth, truth_g) = results
     for i, group in enumerate(zip(ours, peer, truth, strict=True)):
@@ -57,6 +62,37 @@ def test_scale_shift_act(backend, shape, dtype, layout):
     for extra in ((None,) * 4, (residual, None, None, None), (residual, *more)):
         for relu in (True, False):
             compare("scale_shift_act", backend, (y, *vectors, *extra), {"relu": relu})
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [*MAPS, (2, 8, 1, 1), (1, 6, 1, 1)], ids=str)
+def test_batch_norm_act(shape, dtype, layout):
+    y, weight, bias = random_map(shape, dtype, layout), *random_vectors(shape[1], 2)
+    for residual in (None, random_map(shape, dtype, layout, seed=2)):
+        for relu in (True, False):
+            compare("batch_norm_act", "library", (y, weight, bias, residual), {"relu": relu})
+
+
+@pytest.mark.parametrize("backend", ["reference", "library"])
+def test_batch_norm_act_is_pytorchs(backend):
+    """Values, statistics and gradients of nn.BatchNorm2d, an addition and a ReLU, in float64."""
+    bn = torch.nn.BatchNorm2d(6, dtype=torch.float64, momentum=1.0)
+    torch.nn.init.normal_(bn.weight)
+    torch.nn.init.normal_(bn.bias)
+    y, residual = (random_map((3, 6, 5, 4), torch.float64, seed=s).requires_grad_() for s in (1, 2))
+    inputs = (y, bn.weight, bn.bias, residual)
+    expected = F.relu(bn(y) + residual)
+    out, mean, var = call("batch_norm_act", backend, *inputs, eps=bn.eps)
+    assert not mean.requires_grad and not var.requires_grad
+    assert torch.allclose(mean, bn.running_mean) and torch.allclose(var * 60 / 59, bn.running_var)
+    up = torch.randn_like(out)
+    for ours, theirs in zip(
+        (out, *torch.autograd.grad(out, inputs, up)),
+        (expected, *torch.autograd.grad(expected, inputs, up)),
+        strict=True,
+    ):
+        assert torch.allclose(ours, theirs, rtol=1e-12, atol=1e-12)
 
 
 MEAN_MAPS = [*MAPS, (2, 8, 1, 1), (1, 6, 13, 11)]
@@ -164,6 +200,8 @@ def problem(op, dtype=torch.float64, n=2):
         return (y, *a, random_map((n, 4, 5, 5), dtype, seed=6), *b), {"relu": True}
     if op == "scale_shift_act_pool":
         return (y, *a), {"relu": True}
+    if op == "batch_norm_act":
+        return (y, a[0], a[2], random_map((n, 4, 5, 5), dtype, seed=6)), {"relu": True}
     if op == "conv_stats":
         return (y, weight, *a), {"relu": True, "padding": 1, "stride": 2}
     residual = random_map((n, 3, 5, 5), dtype, seed=9)
@@ -197,6 +235,8 @@ def dispatcher_arguments(op, dtype):
         return (*tensors, True)
     if op == "scale_shift_act_pool":
         return (*tensors, True, 3, 2, 1)
+    if op == "batch_norm_act":
+        return (*tensors, 1e-5, True)
     if op == "conv_stats":
         return (*tensors, True, [2, 2], [1, 1], [1, 1], 1, True)
     return (*tensors, True, [1, 1], [1, 1], [1, 1], 1)

@@ -16,6 +16,7 @@ from .autograd import Factor, JoinedConvStats, JoinedPoint
 from .schemas import MASKED, overload
 
 __all__ = [
+    "batch_norm_act",
     "bn_coefficients",
     "conv_act",
     "conv_stats",
@@ -207,6 +208,18 @@ def _joined_point(op: str, backend: str, arguments: tuple[Any, ...], relu: bool,
     return out
 
 
+def _check_residual(op: str, y: Tensor, residual: Tensor | None) -> None:
+    if residual is None:
+        return
+    if residual.shape != y.shape:
+        raise InputError(
+            f"{op}: residual has shape {list(residual.shape)}, but the map has {list(y.shape)}; a block "
+            "that changes shape needs a projection or padding shortcut"
+        )
+    if residual.device != y.device or residual.dtype != y.dtype:
+        raise InputError(f"{op}: residual is {residual.dtype} on {residual.device}, the map {y.dtype} on {y.device}")
+
+
 def _checked_point(
     op: str, y: Tensor, main: Sequence[Tensor], residual: Tensor | None, other: Sequence[Tensor | None]
 ) -> tuple[Tensor, Tensor | None]:
@@ -214,16 +227,7 @@ def _checked_point(
     y, residual = _autocast(y, residual)  # type: ignore[assignment]
     check_map(f"{op} input", y)
     _check_vectors(op, y, y.shape[1], **dict(zip(("scale", "center", "shift"), main, strict=True)))
-    if residual is not None:
-        if residual.shape != y.shape:
-            raise InputError(
-                f"{op}: residual has shape {list(residual.shape)}, but the map has {list(y.shape)}; a block "
-                "that changes shape needs a projection or padding shortcut"
-            )
-        if residual.device != y.device or residual.dtype != y.dtype:
-            raise InputError(
-                f"{op}: residual is {residual.dtype} on {residual.device}, the map {y.dtype} on {y.device}"
-            )
+    _check_residual(op, y, residual)
     _check_vectors(op, y, y.shape[1], **dict(zip(("res_scale", "res_center", "res_shift"), other, strict=True)))
     return y, residual
 
@@ -349,6 +353,41 @@ def scale_shift_act_pool(
 
 def _regather(gather: Callable[..., Tensor], args: tuple[bool, int, int, int], *tensors: Tensor) -> Tensor:
     return gather(*tensors, *args)
+
+
+def batch_norm_act(
+    y: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    residual: Tensor | None = None,
+    *,
+    eps: float = 1e-5,
+    relu: bool = True,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``act(bn(y) + residual)`` with the statistics of ``y`` itself: training BatchNorm of a map that fits on chip.
+
+    Args:
+        y: [N, C, H, W]. weight, bias: [C], float32 (float64 for float64 maps). residual: [N, C, H, W] or None.
+
+    Returns:
+        out [N, C, H, W] in the dtype and memory format of ``y``; mean [C] and biased variance [C] over N·H·W in float32
+        (float64 for fp64), constants to autograd.
+
+    Raises:
+        InputError: wrong shapes, dtypes or devices. BackendError: a requested backend can't serve, as cuda can't where the
+        map doesn't fit on the GPU's multiprocessors.
+    """
+    op = "batch_norm_act"
+    y, residual = _autocast(y, residual)  # type: ignore[assignment]
+    check_map(f"{op} input", y)
+    _check_vectors(op, y, y.shape[1], weight=weight, bias=bias)
+    wide = torch.float64 if y.dtype == torch.float64 else torch.float32
+    for name, v in (("weight", weight), ("bias", bias)):
+        if v.dtype != wide:
+            raise InputError(f"{op}: {name} is {v.dtype}, expected {wide} for a map in {y.dtype}")
+    _check_residual(op, y, residual)
+    backend = backends.select(op, y).backend
+    return overload(op, backend)(y, weight, bias, residual, eps, relu)
 
 
 def conv_act(
