@@ -52,7 +52,7 @@ struct NormTile {
 
 // Nothing of a pack but its own registers lives on from here: else the compiler keeps its elements as floats, twice the registers.
 template <class T, int V>
-FASTRES_DEVICE void only_packed(Pack<T, V>& pack) {
+FASTRES_DEVICE void only_packed([[maybe_unused]] Pack<T, V>& pack) {
 #ifdef __CUDACC__
   if constexpr (sizeof(T) == 2 && V > 1) {
     uint32_t* const words = reinterpret_cast<uint32_t*>(&pack);

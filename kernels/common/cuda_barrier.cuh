@@ -5,6 +5,15 @@
 
 namespace fastres::cuda {
 
+// A word that other blocks change, read anew each time.
+FASTRES_DEVICE unsigned look(const unsigned* word) {
+#ifdef __CUDACC__
+  return *static_cast<const volatile unsigned*>(word);
+#else
+  return __ldcg(word);
+#endif
+}
+
 // Waits until all `blocks` blocks that share `word` are here; what any of their threads wrote before is seen by all after. One of them
 // says that it is the first.
 //
@@ -16,7 +25,7 @@ FASTRES_DEVICE void wait_for_blocks(unsigned* word, unsigned blocks, bool first)
   if (threadIdx.x == 0) {
     __threadfence();
     const unsigned before = atomicAdd(word, first ? kGeneration - (blocks - 1) : 1u);
-    while (((before ^ *static_cast<const volatile unsigned*>(word)) & kGeneration) == 0) __nanosleep(32);
+    while (((before ^ look(word)) & kGeneration) == 0) __nanosleep(32);
     __threadfence();
   }
   __syncthreads();
