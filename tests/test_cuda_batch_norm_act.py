@@ -128,8 +128,8 @@ def normal(shape, dtype, seed, mean=0.0, deviation=1.0) -> Tensor:
 
 
 def executors(ptx: str, number: int) -> list:
-    """Every schedule of fibers, and for every third shape the PTX."""
-    return [*FIBERS, *([cuda.Ptx(ptx, early=number % 2 == 0)] if number % 3 == 0 else [])]
+    """Every schedule of fibers, and for every fourth shape the PTX."""
+    return [*FIBERS, *([cuda.Ptx(ptx, early=number % 8 == 0)] if number % 4 == 0 else [])]
 
 
 def cases():
@@ -195,10 +195,10 @@ def gradients(run: Run, y, weight, bias, residual, grad, dtype) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [(3, 40, 9, 7), (2, 33, 9, 8), (2, 16, 40, 40)], ids=str)
+@pytest.mark.parametrize("shape", [(3, 40, 13, 11), (2, 33, 9, 8), (2, 16, 32, 32)], ids=str)
 def test_a_step_of_random_numbers(library, ptx, shape, dtype):
     """Forward, then backward with the statistics it found, over the same words of the barriers, by the rule."""
-    c, chip = shape[1], ONE if shape == LARGER[0] else Chip(5, *SIZES)
+    c, chip = shape[1], ONE if shape[1] == 16 else Chip(5, *SIZES)
     y, residual, grad = (normal(shape, dtype, s, mean=0.5) for s in range(3))
     weight, bias = normal((c,), torch.float32, 3), normal((c,), torch.float32, 4)
     for executor in (FIBERS[3], cuda.Ptx(ptx)):
@@ -206,7 +206,7 @@ def test_a_step_of_random_numbers(library, ptx, shape, dtype):
         ahead = run.forward(executor)
         assert_applied(run, ahead)
         found = run.backward(executor, grad, ahead["mean"], ahead["var"])
-        assert run.plan.parts > 1 and (chip is not ONE or run.plan.shared_items > 0)
+        assert run.plan.parts > 1 or run.plan.shared_items > 0
         peers, truths = (gradients(run, y, weight, bias, residual, grad, d) for d in (dtype, torch.float64))
         for name, peer, truth in zip(
             ("grad_y", "grad_weight", "grad_bias", "grad_residual"), peers, truths, strict=True
@@ -355,21 +355,21 @@ def entry(text: str, name: str) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize("kernel", ["batch_norm_forwardINS0_4HalfELi8ELb0", "batch_norm_backwardINS0_4HalfELi8ELb0"])
-def test_each_barrier_is_needed(library, ptx, kernel):
+def test_each_barrier_and_fence_is_needed(library, ptx, kernel):
     """Without one of them other threads' memory is read too early: a race, or a NaN that was there before."""
     step(library, cuda.Ptx(ptx))
     start, end = entry(ptx, kernel)
-    barriers = [m.span() for m in re.finditer(r"bar\.sync[^;]*;", ptx[start:end])]
-    assert len(barriers) > 8
+    found = [m.span() for pattern in (r"bar\.sync[^;]*;", r"membar\.gl;") for m in re.finditer(pattern, ptx[start:end])]
+    assert len(found) > 10
     unnoticed = []
-    for number, (a, b) in enumerate(barriers):
+    for number, (a, b) in enumerate(found):
         broken = ptx[: start + a] + ptx[start + b :]
         try:
             step(library, cuda.Ptx(broken))
         except (SharedMemoryRace, EmulationError, AssertionError):
             continue
         unnoticed.append(number)
-    assert not unnoticed, f"{unnoticed} of {len(barriers)} barriers"
+    assert not unnoticed, f"{unnoticed} of {len(found)}"
 
 
 def test_blocks_that_wait_for_nobody_hang(library, ptx):

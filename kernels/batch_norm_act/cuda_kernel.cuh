@@ -72,7 +72,8 @@ FASTRES_DEVICE void keep(Pack<T, V>* shared, const T* global) {
   }
 }
 
-// sums[c] for every channel c of the block: that of `value` over its threads. All threads call it.
+// sums[c] for every channel c of the block: that of `value` over its threads. All threads call it; thread c knows sums[c], the others
+// after a barrier, which the next use of the scratch space needs as well.
 template <class T, int V>
 FASTRES_DEVICE void add_block(const NormTile<T, V>& t, const float (&value)[V], float* sums) {
   constexpr int kRow = kNormThreads + 1;  // padded: neighbouring channels lie in different banks
@@ -90,11 +91,10 @@ FASTRES_DEVICE void add_block(const NormTile<T, V>& t, const float (&value)[V], 
     for (int s = 1; s < slices; ++s) total += t.scratch[s * t.width + c];
     sums[c] = total;
   }
-  __syncthreads();
 }
 
-// The sum over all parts, for this thread's channel c of the block, of f(part), in double and in a fixed order; in the threads of the
-// first `width`. All threads call it.
+// The sum over all parts, for this thread's channel c of the block, of f(part), in double and in a fixed order; in the first
+// `width` threads. All threads call it; the scratch space is free after a barrier.
 template <class T, int V, class F>
 FASTRES_DEVICE double add_parts(const NormTile<T, V>& t, int parts, F f) {
   double* const scratch = reinterpret_cast<double*>(t.scratch);
@@ -106,7 +106,6 @@ FASTRES_DEVICE double add_parts(const NormTile<T, V>& t, int parts, F f) {
   if (slice == 0) {
     for (int s = 1; s < slices; ++s) total += scratch[s * t.width + c];
   }
-  __syncthreads();
   return total;
 }
 
@@ -169,6 +168,7 @@ __global__ void __launch_bounds__(kNormThreads, kNormBlocks) batch_norm_forward(
   });
   float* const about = t.vectors;
   add_block(t, sum, about);
+  __syncthreads();
   const float count = static_cast<float>(t.rows);
 #pragma unroll
   for (int v = 0; v < V; ++v) mid[v] = about[t.column * V + v] / count;
@@ -181,6 +181,7 @@ __global__ void __launch_bounds__(kNormThreads, kNormBlocks) batch_norm_forward(
     }
   });
   add_block(t, off, about + t.width);
+  __syncthreads();
   add_block(t, square, about + 2 * t.width);
   const int own = threadIdx.x, own_channel = t.group_channel + own;
   const bool speaks = own < t.width && own_channel < p.channels;  // one thread for each channel of the block
@@ -310,6 +311,7 @@ __global__ void __launch_bounds__(kNormThreads, kNormBlocks) batch_norm_backward
 
   float* const means = t.vectors;
   add_block(t, sum, means);
+  __syncthreads();
   add_block(t, dot, means + t.width);
   const int own = threadIdx.x, own_channel = t.group_channel + own;
   const bool speaks = own < t.width && own_channel < p.channels;
@@ -323,7 +325,9 @@ __global__ void __launch_bounds__(kNormThreads, kNormBlocks) batch_norm_backward
       return t.group_channel + c < p.channels ? p.partial[(static_cast<int64_t>(i) * 2 + which) * p.channels + t.group_channel + c] : 0.0f;
     });
   };
-  const double total = of_parts(0), against = of_parts(1);
+  const double total = of_parts(0);
+  __syncthreads();
+  const double against = of_parts(1);
   if (speaks) {
     const float inverse = inverse_deviation(p.var[own_channel], p.eps);
     if (part == 0) {

@@ -87,7 +87,7 @@ def run_ptx(
             number = value.data_ptr() if isinstance(value, torch.Tensor) else value
             machine.registers.set_parameter(name, kind, number)
         with np.errstate(all="ignore"):
-            machine.run(memory, first, whole, race_check, early)
+            machine.run(memory, first, whole, race_check, early, staggered=cooperative)
         ambiguous += machine.shared.ambiguous
     return ambiguous
 

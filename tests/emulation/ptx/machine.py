@@ -78,19 +78,27 @@ class Machine:
             raise Unsupported("barrier")
         return None, "barrier"
 
-    def run(self, memory: GuardedMemory, first: int, grid: tuple[int, int, int], race_check: bool, early: bool) -> None:
-        """Runs the blocks from number ``first`` on, x fastest."""
+    def run(
+        self, memory: GuardedMemory, first: int, grid: tuple[int, int, int], race_check: bool, early: bool,
+        staggered: bool = False,
+    ) -> None:  # fmt: skip
+        """Runs the blocks from number ``first`` on, x fastest. ``staggered``: each starts when those before it end or wait."""
         self.registers.place_blocks(first, grid)
         self.memories.memory = memory
         self.memories.programs[:] = first + np.arange(self.registers.threads) // self.threads
         self.shared.reset(race_check, early)
-        groups: dict[int, Mask] = {0: True}
+        groups: dict[int, Mask] = {} if staggered else {0: True}
+        later = range(self.blocks) if staggered else range(0)
+        block_of = np.arange(self.registers.threads) // self.threads
         waiting: dict[int, Mask] = {}
         sleeping: dict[int, Mask] = {}
         budget, in_vain = LIMIT, 0
-        while groups or waiting or sleeping:
-            if not groups and self._release(groups, waiting, sleeping):
+        while groups or waiting or sleeping or later:
+            if not groups and waiting and self._release(groups, waiting, sleeping):
                 in_vain = 0
+            if not groups and later:
+                groups[0] = block_of == later[0]
+                later = later[1:]
             if not groups:
                 in_vain += 1
                 if in_vain > PATIENCE:
