@@ -64,37 +64,6 @@ def test_scale_shift_act(backend, shape, dtype, layout):
             compare("scale_shift_act", backend, (y, *vectors, *extra), {"relu": relu})
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [*MAPS, (2, 8, 1, 1), (1, 6, 1, 1)], ids=str)
-def test_batch_norm_act(shape, dtype, layout):
-    y, weight, bias = random_map(shape, dtype, layout), *random_vectors(shape[1], 2)
-    for residual in (None, random_map(shape, dtype, layout, seed=2)):
-        for relu in (True, False):
-            compare("batch_norm_act", "library", (y, weight, bias, residual), {"relu": relu})
-
-
-@pytest.mark.parametrize("backend", ["reference", "library"])
-def test_batch_norm_act_is_pytorchs(backend):
-    """Values, statistics and gradients of nn.BatchNorm2d, an addition and a ReLU, in float64."""
-    bn = torch.nn.BatchNorm2d(6, dtype=torch.float64, momentum=1.0)
-    torch.nn.init.normal_(bn.weight)
-    torch.nn.init.normal_(bn.bias)
-    y, residual = (random_map((3, 6, 5, 4), torch.float64, seed=s).requires_grad_() for s in (1, 2))
-    inputs = (y, bn.weight, bn.bias, residual)
-    expected = F.relu(bn(y) + residual)
-    out, mean, var = call("batch_norm_act", backend, *inputs, eps=bn.eps)
-    assert not mean.requires_grad and not var.requires_grad
-    assert torch.allclose(mean, bn.running_mean) and torch.allclose(var * 60 / 59, bn.running_var)
-    up = torch.randn_like(out)
-    for ours, theirs in zip(
-        (out, *torch.autograd.grad(out, inputs, up)),
-        (expected, *torch.autograd.grad(expected, inputs, up)),
-        strict=True,
-    ):
-        assert torch.allclose(ours, theirs, rtol=1e-12, atol=1e-12)
-
-
 MEAN_MAPS = [*MAPS, (2, 8, 1, 1), (1, 6, 13, 11)]
 
 

@@ -27,7 +27,7 @@ def forward(y, weight, bias, residual, eps: float, relu: bool) -> tuple[Tensor, 
 def backward(
     grad, y, weight, bias, residual, mean, var, eps: float, relu: bool, need_residual: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    inverse = inverse_deviation(var, eps)
+    inverse = inverse_deviation(var, eps) if y.numel() else torch.zeros_like(var)  # an empty sum is 0
     scale = weight * inverse
     wide = y.to(scale.dtype) - per_channel(mean)
     dz = grad.to(scale.dtype)
