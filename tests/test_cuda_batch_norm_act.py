@@ -10,6 +10,7 @@ from emulation.cuda_problems import TYPES, Chip, Norm, check, pointer
 from emulation.errors import EmulationError, Hang, SharedMemoryRace
 from emulation.memory import GuardedMemory
 from emulation.ptx import run_ptx
+from emulation.sanitized import Sanitized
 from parity import assert_parity
 from torch import Tensor
 from triton_cases import POINTS
@@ -284,6 +285,16 @@ def test_nan_and_infinity_stay_in_their_channel(library):
         bad = torch.zeros(16, dtype=torch.bool)
         bad[[3, 7]] = True
         assert torch.equal(found["var"].isnan(), bad) and torch.equal(found["out"].isnan().any(0), bad)
+
+
+def test_threads_do_not_race(library):
+    """Under ThreadSanitizer, which sees a missing barrier or fence on any schedule."""
+    for shape, chip in (((2, 16, 12, 12), SMALL), (LARGER[0], ONE)):
+        y, residual, grad = (normal(shape, torch.bfloat16, s) for s in range(3))
+        run = Run(library, y, torch.ones(16), torch.zeros(16), residual, chip=chip)
+        ahead = run.forward(Sanitized("thread"))
+        assert_applied(run, ahead)
+        run.backward(Sanitized("thread"), grad, ahead["mean"], ahead["var"])
 
 
 @pytest.mark.parametrize("chip", [SMALL, ONE], ids=["registers", "shared memory"])
