@@ -51,6 +51,14 @@ def our_conv(x: Tensor, w: Tensor, a: Tensor, b: Tensor, c: Tensor) -> Tensor:
     return ops.conv_stats(x, w, a, b, c, relu=True, padding=1, stats=False)[0]
 
 
+def aten_norm(y: Tensor, w: Tensor, b: Tensor, r: Tensor) -> Tensor:
+    return F.batch_norm(y, None, None, w, b, True).add_(r).relu_()
+
+
+def our_norm(y: Tensor, w: Tensor, b: Tensor, r: Tensor) -> Tensor:
+    return ops.batch_norm_act(y, w, b, r)[0]
+
+
 def aten_conv_act(x: Tensor, w: Tensor, bias: Tensor, r: Tensor) -> Tensor:
     return F.conv2d(x, w, bias.to(x.dtype), padding=1).add_(r).relu_()
 
@@ -87,6 +95,10 @@ CASES: dict[str, tuple[str, Callable, Callable, Inputs, tuple[int, int, int], bo
     "scale_shift_act_pool": (
         "scale_shift_act_pool", ops.scale_shift_act_pool, aten_pool,
         lambda n, c, s: [image(n, c, s), *vectors(c)], (16, 64, 112), True,
+    ),
+    "batch_norm_act": (
+        "batch_norm_act", our_norm, aten_norm,
+        lambda n, c, s: [image(n, c, s), *vectors(c, 2), image(n, c, s)], (16, 2048, 7), True,
     ),
     "conv_stats-statistics": (
         "conv_stats", partial(ops.conv_stats, relu=True, padding=1), aten_conv_stats,

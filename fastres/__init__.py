@@ -10,7 +10,8 @@ from . import errors
 from ._library import build_info
 from ._version import __version__
 
-from .ops import bn_coefficients, conv_act, conv_stats, scale_shift_act, scale_shift_act_mean, scale_shift_act_pool  # isort: skip
+from .ops import batch_norm_act, bn_coefficients, conv_act, conv_stats  # isort: skip
+from .ops import scale_shift_act, scale_shift_act_mean, scale_shift_act_pool  # isort: skip
 from .backends import use_backend
 from .models import (
     create_model,
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 __all__ = [
     "CompiledNetwork",
     "__version__",
+    "batch_norm_act",
     "bn_coefficients",
     "build_info",
     "compile",

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fastres import _library, tuning
 from fastres.errors import BackendError
+from fastres.kernels.batch_norm_act import capacity
 from fastres.kernels.common import cuda_images, triton_launch
 from fastres.ops.schemas import BACKENDS, OPS
 
@@ -88,8 +89,9 @@ class Choice:
     notes: tuple[str, ...] = ()
 
 
-def refusal(backend: str, op: str, device: str, dtype: torch.dtype) -> str | None:
-    """``None`` if ``backend`` serves ``op`` on ``device`` in ``dtype``, else the reason in words."""
+def refusal(backend: str, op: str, device: str, dtype: torch.dtype, shape: Sequence[int] | None = None) -> str | None:
+    """``None`` if ``backend`` serves ``op`` on ``device`` in ``dtype``, else the reason in words. Without the map's shape what
+    depends on it is left out."""
     if backend not in OPS[op].backends:
         return f"{backend} has no {op}"
     if backend not in _DTYPES:
@@ -103,7 +105,8 @@ def refusal(backend: str, op: str, device: str, dtype: torch.dtype) -> str | Non
         return triton_launch.refusal(device)
     if backend == "native":
         return _library.native_error()
-    return _library.cuda_error() or unfit_device(backend, dtype)
+    reason = _library.cuda_error() or unfit_device(backend, dtype)
+    return reason or (None if op != "batch_norm_act" or shape is None else _off_chip(shape, dtype))
 
 
 def unfit_device(backend: str, dtype: torch.dtype | None = None) -> str | None:
@@ -111,6 +114,23 @@ def unfit_device(backend: str, dtype: torch.dtype | None = None) -> str | None:
     if backend == "triton":
         return triton_launch.old_device()
     return cuda_images.unfit_device(_library.cuda_archs(), dtype) if backend == "cuda" else None
+
+
+def _chip() -> capacity.Chip | None:
+    """The current GPU, as far as it decides what fits on it; None without one."""
+    if not torch.cuda.is_available():
+        return None
+    gpu = torch.cuda.get_device_properties(torch.cuda.current_device())
+    # all but 1 KiB of a multiprocessor's shared memory may go to one block
+    shared = gpu.shared_memory_per_multiprocessor
+    return capacity.Chip(gpu.multi_processor_count, shared, shared - 1024)
+
+
+def _off_chip(shape: Sequence[int], dtype: torch.dtype) -> str | None:
+    """Why a map [N, C, H, W] can't stay on the current GPU's multiprocessors."""
+    chip, (n, c, h, w) = _chip(), shape
+    reason = None if chip is None else capacity.refusal(chip, n * h * w, c, dtype.itemsize)
+    return None if reason is None else f"the map doesn't fit on the GPU's multiprocessors: {reason}"
 
 
 _environment_backend = os.environ.get("FASTRES_BACKEND", AUTO)
@@ -179,9 +199,9 @@ def select(op: str, x: Tensor, conv: Geometry | None = None) -> Choice:
     if unfit is not None:
         choice = _without(want, op, x, conv, unfit)
     elif want != AUTO and want in OPS[op].backends:
-        reason = refusal(want, op, device, dtype)
+        reason = refusal(want, op, device, dtype, x.shape)
         if reason is not None:
-            usable = [b for b in OPS[op].backends if refusal(b, op, device, dtype) is None]
+            usable = [b for b in OPS[op].backends if refusal(b, op, device, dtype, x.shape) is None]
             raise BackendError(
                 f"backend {want!r} was requested but can't serve {Problem.of(op, x, conv)}: {reason}. "
                 f"Usable here: {', '.join(usable) or 'none'}."
@@ -216,7 +236,7 @@ def _first_that_serves(op: str, x: Tensor, conv: Geometry | None) -> Choice:
     if problem.device == "cuda" and not torch.compiler.is_compiling():
         _see(problem, x)
     for backend in preference(problem):
-        reason = refusal(backend, op, x.device.type, x.dtype)
+        reason = refusal(backend, op, x.device.type, x.dtype, x.shape)
         if reason is None:
             return Choice(backend, tuple(refused))
         refused.append((backend, reason))

@@ -61,7 +61,8 @@ def measure(
     work = work_of(problem, device or problem.device)
     usable = [
         b for b in OPS[problem.op].backends
-        if b not in ("reference", LIBRARY) and backends.refusal(b, problem.op, problem.device, problem.dtype) is None
+        if b not in ("reference", LIBRARY)
+        and backends.refusal(b, problem.op, problem.device, problem.dtype, problem.shape) is None
     ]  # fmt: skip
     found: Found = {}
     # Where products of float32 may be TF32, two right programs agree to its 10 bits of mantissa, no better.
@@ -151,6 +152,17 @@ def _pointwise_work(
             return [out, *(g for g in grads if g.numel())]
 
         return Work(step)
+
+    if problem.op == "batch_norm_act":
+        bias = torch.full_like(vectors[0], 8.0)  # larger than what it is added to: no pre-activation near zero
+        bias[::2] = -8.0
+
+        def normalised(backend: str) -> Results:
+            out, mean, var = overload(problem.op, backend)(y, vectors[0], bias, residual, 1e-5, True)
+            arguments = (grad, y, vectors[0], bias, residual, mean, var, 1e-5, True, True)
+            return [out, mean, var, *overload(problem.op, backend, "backward")(*arguments)]
+
+        return Work(normalised)
 
     def pooled(backend: str) -> Results:
         window = (True, 3, 2, 1)

@@ -38,7 +38,12 @@ def compare(op, backend, tensors, kwargs, truth_dtypes=torch.float64):
         working = {o.dtype for o in outputs} and next(t for t in tensors if t is not None).dtype
         ups = [torch.randn(o.shape, generator=gen).to(working).to(o.dtype) for o in outputs]
         wanted = [t for t in inputs if t is not None]
-        grads = torch.autograd.grad(outputs, wanted, ups, allow_unused=True) if outputs else []
+        pairs = [(o, up) for o, up in zip(outputs, ups, strict=True) if o.requires_grad]
+        grads = (
+            torch.autograd.grad([o for o, _ in pairs], wanted, [up for _, up in pairs], allow_unused=True)
+            if pairs
+            else []
+        )
         results.append((outputs, [g for g in grads if g is not None]))
     (ours, ours_g), (peer, peer_g), (truth, truth_g) = results
     for i, group in enumerate(zip(ours, peer, truth, strict=True)):
@@ -164,6 +169,8 @@ def problem(op, dtype=torch.float64, n=2):
         return (y, *a, random_map((n, 4, 5, 5), dtype, seed=6), *b), {"relu": True}
     if op == "scale_shift_act_pool":
         return (y, *a), {"relu": True}
+    if op == "batch_norm_act":
+        return (y, a[0], a[2], random_map((n, 4, 5, 5), dtype, seed=6)), {"relu": True}
     if op == "conv_stats":
         return (y, weight, *a), {"relu": True, "padding": 1, "stride": 2}
     residual = random_map((n, 3, 5, 5), dtype, seed=9)
@@ -197,6 +204,8 @@ def dispatcher_arguments(op, dtype):
         return (*tensors, True)
     if op == "scale_shift_act_pool":
         return (*tensors, True, 3, 2, 1)
+    if op == "batch_norm_act":
+        return (*tensors, 1e-5, True)
     if op == "conv_stats":
         return (*tensors, True, [2, 2], [1, 1], [1, 1], 1, True)
     return (*tensors, True, [1, 1], [1, 1], [1, 1], 1)

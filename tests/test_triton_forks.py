@@ -11,9 +11,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import fastres
+from fastres.backends import Choice
 from fastres.kernels.common.triton_launch import Launch, executing_with
 from fastres.nn import BasicBlock, Bottleneck
-from fastres.ops import conv_stats, end_conv_stats, forked_conv_stats, functional, scale_shift_act
+from fastres.ops import autograd, conv_stats, end_conv_stats, forked_conv_stats, functional, scale_shift_act
+from fastres.ops.schemas import OPS
 
 BLOCKS = {
     "identity": lambda: BasicBlock(8, 8),
@@ -296,3 +298,34 @@ def test_copies_of_a_block_are_independent(monkeypatch):
         return [*gradients(block, x), *(p.grad for p in twin.parameters())]
 
     both("identity", act, monkeypatch, added=2)
+
+
+@pytest.mark.parametrize("average", [False, True])
+def test_cuda_leaves_the_same_to_its_neighbours(average, monkeypatch):
+    """The nodes ask the backend that they were given. Its kernels stand in as Triton's; who averages is the library."""
+    asked, real = set(), autograd.overload
+
+    def overload(op, backend, suffix=""):
+        asked.add((op, suffix, backend))
+        return real(op, "triton" if backend == "cuda" else backend, suffix)
+
+    def select(op, x, conv=None):
+        return Choice("cuda" if "cuda" in OPS[op].backends or op == "conv_stats" else "library")
+
+    expected = []
+    for faked in (False, True):
+        block, x = make("projection")
+        with monkeypatch.context() as m, executing_with(executor := Counting()), fastres.use_backend("triton"):
+            if faked:
+                m.setattr(autograd, "overload", overload)
+                m.setattr(functional, "overload", overload)
+                m.setattr(functional.backends, "select", select)
+            loss(block(x, average=average)).backward()
+        counts = (executor.added, executor.masked, executor.scaled)
+        assert counts == ((1, 0, 0) if faked and average else (1, 1, 4))
+        expected.append(gradients(block, x))
+    assert ("conv_stats", "backward", "cuda") in asked
+    assert (("scale_shift_act", "masked", "cuda") in asked) != average
+    assert (("scale_shift_act_mean", "", "library") in asked) == average
+    for ours, theirs in zip(*expected, strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-4 * theirs.abs().max().item())

@@ -1,6 +1,7 @@
 // What the tensor side (*.cpp, compiled by the C++ compiler) may call of the CUDA side (compiled by nvcc).
 #pragma once
 
+#include "../../kernels/batch_norm_act/cuda_problem.h"
 #include "../../kernels/conv/cuda_problem.h"
 #include "../../kernels/conv_stats/cuda_weight_shape.h"
 #include "../../kernels/scale_shift_act/cuda_problem.h"
@@ -17,5 +18,10 @@ const char* conv_weight_gradient(const ConvBackward& problem, int device, void* 
 
 // Floats of ConvBackward::workspace, as weight_gradient_workspace() says of the other gradient. Everything else of the problem must be set.
 int64_t input_gradient_workspace(const ConvBackward& problem);
+
+const char* batch_norm_act(const NormProblem& problem, bool backward, int device, void* stream);
+
+// The figures of a device, asked of the driver: no synchronisation.
+const char* chip_of(int device, Chip* chip);
 
 }  // namespace fastres::cuda

@@ -29,6 +29,11 @@ void queue_kernel(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t s
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)) != cudaSuccess) {
     return;
   }
+  // All blocks have to be resident: as much of the first cache as possible is shared memory.
+  if (Cooperative && shared_bytes > 0 &&
+      cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared) != cudaSuccess) {
+    return;
+  }
   void* pointers[] = {static_cast<void*>(&arguments)...};
   const auto on = static_cast<cudaStream_t>(stream);
   if constexpr (Cooperative) {

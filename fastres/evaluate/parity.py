@@ -96,6 +96,7 @@ def _cases() -> Iterator[tuple[str, Case]]:
     yield "scale_shift_act_mean", (partial(fastres.scale_shift_act_mean, relu=True), [y, *coefficients(33), other])
     yield "scale_shift_act_mean", (partial(fastres.scale_shift_act_mean, relu=True), every)
     yield "scale_shift_act_pool", (fastres.scale_shift_act_pool, _distinct(generator))
+    yield "batch_norm_act", (fastres.batch_norm_act, [y, normal(33), normal(33), other])
     # Small whole numbers, and biases halfway between them: no pre-activation is near the ReLU's edge, where rounding
     # could decide which gradients pass.
     whole = [

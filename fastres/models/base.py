@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from fastres.errors import InputError, ModelError
 from fastres.nn.statistics import BatchNorm
-from fastres.ops.functional import check_map
+from fastres.ops.checks import check_map
 
 _METADATA = "fastres"
 # Options that change the function without changing a single key or shape: these must travel with a checkpoint.

@@ -68,6 +68,7 @@ _register()
 _library.load()
 
 from .functional import (  # noqa: E402  (the functions need the registered table)
+    batch_norm_act,
     bn_coefficients,
     conv_act,
     conv_stats,
@@ -79,6 +80,7 @@ from .functional import (  # noqa: E402  (the functions need the registered tabl
 )
 
 __all__ = [
+    "batch_norm_act",
     "bn_coefficients",
     "conv_act",
     "conv_stats",

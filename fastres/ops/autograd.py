@@ -192,6 +192,34 @@ class JoinedPoint(torch.autograd.Function):
         )  # fmt: skip
 
 
+class BatchNormAct:
+    """Inputs: y, weight, bias, residual, eps, relu. mean and var are for running statistics: constants to autograd."""
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        y, weight, bias, residual, *ctx.args = inputs
+        _, mean, var = output
+        ctx.mark_non_differentiable(mean, var)
+        relu = ctx.args[1]
+        ctx.has_residual = residual is not None
+        # a residual matters to the mask only
+        _save(ctx, residual if relu else None, y, weight, bias, mean, var)
+
+    @staticmethod
+    def backward(backend: str, ctx, grad, _grad_mean, _grad_var):
+        if grad is None:
+            return (None,) * 6
+        residual, y, weight, bias, mean, var = _saved(ctx)
+        needs = ctx.needs_input_grad
+        grads = overload("batch_norm_act", backend, "backward")(
+            grad, y, weight, bias, residual, mean, var, *ctx.args, needs[3]
+        )
+        g_y, g_weight, g_bias, g_res = (_or_none(g, need) for g, need in zip(grads, needs[:4], strict=True))
+        if ctx.has_residual and not ctx.args[1]:
+            g_res = _or_none(grad, needs[3])  # added as it is, and no ReLU follows: backends don't compute it
+        return g_y, g_weight, g_bias, g_res, None, None
+
+
 class ScaleShiftActPool:
     """Inputs: y, scale, center, shift, relu, kernel, stride, padding."""
 
@@ -247,6 +275,7 @@ FORMULAS: dict[str, Any] = {
     "scale_shift_act": ScaleShiftAct,
     "scale_shift_act_mean": ScaleShiftActMean,
     "scale_shift_act_pool": ScaleShiftActPool,
+    "batch_norm_act": BatchNormAct,
     "conv_act": ConvAct,
 }
 

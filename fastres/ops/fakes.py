@@ -63,6 +63,16 @@ def scale_shift_act_mean(y, scale, center, shift, residual, res_scale, res_cente
 scale_shift_act_mean_backward = scale_shift_act_backward
 
 
+def batch_norm_act(y, weight, bias, residual, eps, relu):
+    return empty_like(y), _vector(y, y.shape[1]), _vector(y, y.shape[1])
+
+
+def batch_norm_act_backward(grad, y, weight, bias, residual, mean, var, eps, relu, need_residual):
+    keep = residual is not None and need_residual and relu
+    vectors = _vector(y, y.shape[1]), _vector(y, y.shape[1])
+    return empty_like(y), *vectors, empty_like(residual) if keep else absent(y)
+
+
 def pooled_size(size: int, kernel: int, stride: int, padding: int) -> int:
     """Output size of a floor-mode pool."""
     return (size + 2 * padding - kernel) // stride + 1

@@ -13,9 +13,11 @@ from fastres.kernels.bn_coefficients.reference import forward as bn_coefficients
 
 from . import recipes
 from .autograd import Factor, JoinedConvStats, JoinedPoint
+from .checks import Size2, autocast, check_conv, check_map, check_residual, check_vectors, checked_point, pair
 from .schemas import MASKED, overload
 
 __all__ = [
+    "batch_norm_act",
     "bn_coefficients",
     "conv_act",
     "conv_stats",
@@ -25,55 +27,6 @@ __all__ = [
     "scale_shift_act_mean",
     "scale_shift_act_pool",
 ]
-
-Size2 = int | Sequence[int]
-
-
-def _pair(value: Size2) -> list[int]:
-    return [value, value] if isinstance(value, int) else list(value)
-
-
-def _autocast(*tensors: Tensor | None) -> list[Tensor | None]:
-    """Casts maps and conv weights to autocast's dtype, as PyTorch's own convolutions do; coefficients keep theirs."""
-    device = next(t for t in tensors if t is not None).device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
-        return list(tensors)
-    dtype = torch.get_autocast_dtype(device)
-    return [t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors]
-
-
-def check_map(name: str, x: Tensor, channels: int | None = None) -> None:
-    """Raises InputError unless ``x`` is a floating-point [N, C, H, W] map with ``channels`` channels."""
-    if x.dim() != 4:
-        raise InputError(f"{name}: expected a 4-D tensor [N, C, H, W], got {x.dim()}-D with shape {list(x.shape)}")
-    if not x.is_floating_point():
-        raise InputError(
-            f"{name}: expected a floating-point tensor, got {x.dtype}; convert it, e.g. images.float() / 255"
-        )
-    if channels is not None and x.shape[1] != channels:
-        raise InputError(f"{name}: expected {channels} channels, got {x.shape[1]} (shape {list(x.shape)})")
-
-
-def _check_conv(op: str, x: Tensor, weight: Tensor, groups: int) -> None:
-    if weight.dim() != 4:
-        raise InputError(f"{op}: weight must be [K, C/groups, R, S], got shape {list(weight.shape)}")
-    check_map(f"{op} input", x, weight.shape[1] * groups)
-    if x.device != weight.device:
-        raise InputError(f"{op}: input is on {x.device}, but weight is on {weight.device}; move one of them")
-    if x.dtype != weight.dtype:
-        raise InputError(f"{op}: input is {x.dtype}, but weight is {weight.dtype}; convert one, or use autocast")
-
-
-def _check_vectors(op: str, like: Tensor, channels: int, **vectors: Tensor | None) -> None:
-    given = [name for name, v in vectors.items() if v is not None]
-    if given and len(given) != len(vectors):
-        missing = [name for name in vectors if name not in given]
-        raise InputError(f"{op}: {', '.join(given)} given without {', '.join(missing)}")
-    for name, v in vectors.items():
-        if v is not None and (v.dim() != 1 or v.shape[0] != channels):
-            raise InputError(f"{op}: {name} must be [{channels}], one value per channel, got shape {list(v.shape)}")
-        if v is not None and v.device != like.device:
-            raise InputError(f"{op}: {name} is on {v.device}, but the map is on {like.device}")
 
 
 def conv_stats(
@@ -122,10 +75,10 @@ def _conv_stats(
     stats: bool,
 ) -> tuple[tuple[Any, ...], str]:
     """(arguments of the op, backend), if everything fits together."""
-    x, weight = _autocast(x, weight)  # type: ignore[assignment]
-    _check_conv("conv_stats", x, weight, groups)
-    _check_vectors("conv_stats", x, x.shape[1], **dict(zip(("scale", "center", "shift"), vectors, strict=True)))
-    conv = backends.Geometry(tuple(weight.shape), _pair(stride), _pair(padding), _pair(dilation), groups)
+    x, weight = autocast(x, weight)  # type: ignore[assignment]
+    check_conv("conv_stats", x, weight, groups)
+    check_vectors("conv_stats", x, x.shape[1], **dict(zip(("scale", "center", "shift"), vectors, strict=True)))
+    conv = backends.Geometry(tuple(weight.shape), pair(stride), pair(padding), pair(dilation), groups)
     backend = backends.select("conv_stats", x, conv).backend
     return (x, weight, *vectors, relu, *conv[1:], stats), backend
 
@@ -207,27 +160,6 @@ def _joined_point(op: str, backend: str, arguments: tuple[Any, ...], relu: bool,
     return out
 
 
-def _checked_point(
-    op: str, y: Tensor, main: Sequence[Tensor], residual: Tensor | None, other: Sequence[Tensor | None]
-) -> tuple[Tensor, Tensor | None]:
-    """(y, residual) in autocast's dtype, if everything fits together."""
-    y, residual = _autocast(y, residual)  # type: ignore[assignment]
-    check_map(f"{op} input", y)
-    _check_vectors(op, y, y.shape[1], **dict(zip(("scale", "center", "shift"), main, strict=True)))
-    if residual is not None:
-        if residual.shape != y.shape:
-            raise InputError(
-                f"{op}: residual has shape {list(residual.shape)}, but the map has {list(y.shape)}; a block "
-                "that changes shape needs a projection or padding shortcut"
-            )
-        if residual.device != y.device or residual.dtype != y.dtype:
-            raise InputError(
-                f"{op}: residual is {residual.dtype} on {residual.device}, the map {y.dtype} on {y.device}"
-            )
-    _check_vectors(op, y, y.shape[1], **dict(zip(("res_scale", "res_center", "res_shift"), other, strict=True)))
-    return y, residual
-
-
 def scale_shift_act(
     y: Tensor,
     scale: Tensor,
@@ -256,7 +188,7 @@ def scale_shift_act(
     Raises:
         InputError: wrong shapes, dtypes or devices. BackendError: a requested backend can't serve.
     """
-    y, residual = _checked_point(
+    y, residual = checked_point(
         "scale_shift_act", y, (scale, center, shift), residual, (res_scale, res_center, res_shift)
     )
     backend = backends.select("scale_shift_act", y).backend
@@ -301,7 +233,7 @@ def scale_shift_act_mean(
         InputError: wrong shapes, dtypes or devices. BackendError: a requested backend can't serve.
     """
     op, main, other = "scale_shift_act_mean", (scale, center, shift), (res_scale, res_center, res_shift)
-    y, residual = _checked_point(op, y, main, residual, other)
+    y, residual = checked_point(op, y, main, residual, other)
     if not y.shape[2] or not y.shape[3]:
         raise InputError(f"{op}: the map {list(y.shape)} has no positions to average")
     backend = backends.select(op, y).backend
@@ -331,9 +263,9 @@ def scale_shift_act_pool(
     Raises:
         InputError: wrong shapes, dtypes or devices, or a window too large. BackendError: a requested backend can't serve.
     """
-    (y,) = _autocast(y)  # type: ignore[assignment]
+    (y,) = autocast(y)  # type: ignore[assignment]
     check_map("scale_shift_act_pool input", y)
-    _check_vectors("scale_shift_act_pool", y, y.shape[1], scale=scale, center=center, shift=shift)
+    check_vectors("scale_shift_act_pool", y, y.shape[1], scale=scale, center=center, shift=shift)
     if not (1 <= kernel <= 15 and stride >= 1 and 0 <= padding <= kernel // 2):
         raise InputError(
             f"scale_shift_act_pool: kernel {kernel} (1…15), stride {stride} (≥ 1), padding {padding} (≤ kernel/2)"
@@ -349,6 +281,41 @@ def scale_shift_act_pool(
 
 def _regather(gather: Callable[..., Tensor], args: tuple[bool, int, int, int], *tensors: Tensor) -> Tensor:
     return gather(*tensors, *args)
+
+
+def batch_norm_act(
+    y: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    residual: Tensor | None = None,
+    *,
+    eps: float = 1e-5,
+    relu: bool = True,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``act(bn(y) + residual)`` with the statistics of ``y`` itself: training BatchNorm of a map that fits on chip.
+
+    Args:
+        y: [N, C, H, W]. weight, bias: [C], float32 (float64 for float64 maps). residual: [N, C, H, W] or None.
+
+    Returns:
+        out [N, C, H, W] in the dtype and memory format of ``y``; mean [C] and biased variance [C] over N·H·W in float32
+        (float64 for fp64), constants to autograd.
+
+    Raises:
+        InputError: wrong shapes, dtypes or devices. BackendError: a requested backend can't serve, as cuda can't where the
+        map doesn't fit on the GPU's multiprocessors.
+    """
+    op = "batch_norm_act"
+    y, residual = autocast(y, residual)  # type: ignore[assignment]
+    check_map(f"{op} input", y)
+    check_vectors(op, y, y.shape[1], weight=weight, bias=bias)
+    wide = torch.float64 if y.dtype == torch.float64 else torch.float32
+    for name, v in (("weight", weight), ("bias", bias)):
+        if v.dtype != wide:
+            raise InputError(f"{op}: {name} is {v.dtype}, expected {wide} for a map in {y.dtype}")
+    check_residual(op, y, residual)
+    backend = backends.select(op, y).backend
+    return overload(op, backend)(y, weight, bias, residual, eps, relu)
 
 
 def conv_act(
@@ -374,10 +341,10 @@ def conv_act(
     Raises:
         InputError: wrong shapes, dtypes or devices. BackendError: a requested backend can't serve.
     """
-    x, weight, residual = _autocast(x, weight, residual)  # type: ignore[assignment]
-    _check_conv("conv_act", x, weight, groups)
-    _check_vectors("conv_act", x, weight.shape[0], bias=bias)
-    stride, padding, dilation = _pair(stride), _pair(padding), _pair(dilation)
+    x, weight, residual = autocast(x, weight, residual)  # type: ignore[assignment]
+    check_conv("conv_act", x, weight, groups)
+    check_vectors("conv_act", x, weight.shape[0], bias=bias)
+    stride, padding, dilation = pair(stride), pair(padding), pair(dilation)
     if residual is not None:
         sizes = zip(x.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True)
         out_size = [(h + 2 * p - d * (r - 1) - 1) // s + 1 for h, r, s, p, d in sizes]

@@ -25,6 +25,7 @@ _MASKED = (
 MASKED = {"scale_shift_act": ("triton", "cuda"), "scale_shift_act_mean": ("triton",)}  # op: backends
 _GEOMETRY = "int[2] stride, int[2] padding, int[2] dilation"
 _CONV = f"{_GEOMETRY}, int groups"
+_NORM = "Tensor y, Tensor weight, Tensor bias, Tensor? residual"
 _POOL = "bool relu, int kernel, int stride, int padding"
 _GRADIENT = (
     "Tensor grad_y, Tensor y, Tensor? mean, Tensor? grad_mean, Tensor? grad_var, Tensor x, Tensor weight,"
@@ -67,6 +68,12 @@ OPS: dict[str, OpSchema] = {
         forward=f"({_POINT}) -> Tensor",
         backward=_POINT_BACKWARD,
         backends=("reference", "library", "native", "triton"),
+    ),
+    "batch_norm_act": OpSchema(
+        forward=f"({_NORM}, float eps, bool relu) -> (Tensor out, Tensor mean, Tensor var)",
+        backward=f"(Tensor grad, {_NORM}, Tensor mean, Tensor var, float eps, bool relu, bool need_residual)"
+        " -> (Tensor grad_y, Tensor grad_weight, Tensor grad_bias, Tensor grad_residual)",
+        backends=("reference", "library", "cuda"),
     ),
     "conv_act": OpSchema(
         forward=f"(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, bool relu, {_CONV}) -> Tensor",

@@ -214,15 +214,13 @@ class Ptx:
     def execute(self, library: Library, function: str, problem: ctypes.Structure, tensors: Mapping[str, Any]) -> None:
         text = self.text if self.change is None else self.change(self.text)
         for launch in library.record(function, problem):
-            if launch.block[1:] != (1, 1) or launch.cooperative:
-                raise errors.Unsupported(
-                    f"{launch.name}: the PTX interpreter runs blocks of one dimension, one after the other"
-                )
+            if launch.block[1:] != (1, 1):
+                raise errors.Unsupported(f"{launch.name}: the PTX interpreter runs blocks of one dimension")
             memory = GuardedMemory(tensors)
             try:
                 run_ptx(
                     text, memory, launch.grid, launch.block[0], launch.shared, list(launch.values), self.race_check,
-                    self.early, launch.name,
+                    self.early, launch.name, launch.cooperative,
                 )  # fmt: skip
             except errors.EmulationError as error:
                 raise type(error)(f"{launch.name}: {error}") from error

@@ -42,6 +42,36 @@ class PointProblem(ctypes.Structure):
     ]
 
 
+class Chip(ctypes.Structure):
+    """kernels/batch_norm_act/cuda_problem.h."""
+
+    _fields_ = [("multiprocessors", c_int), ("shared_per_multiprocessor", c_int64), ("shared_per_block", c_int64)]
+
+
+class NormPlan(ctypes.Structure):
+    _fields_ = [
+        *((name, c_int) for name in ("vector", "across", "groups", "parts")),
+        ("part_rows", c_int64),
+        ("shared_items", c_int),
+        ("shared_bytes", c_int64),
+    ]
+
+
+class Norm(ctypes.Structure):
+    """NormProblem in kernels/batch_norm_act/cuda_problem.h."""
+
+    _fields_ = [
+        ("type", c_int),
+        ("relu", c_bool),
+        ("eps", ctypes.c_float),
+        ("rows", c_int64),
+        ("channels", c_int),
+        ("plan", NormPlan),
+        *((name, c_void_p) for name in ("y", "residual", "weight", "bias", "mean", "var", "out", "grad", "grad_y")),
+        *((name, c_void_p) for name in ("grad_residual", "grad_weight", "grad_bias", "partial", "arrived")),
+    ]
+
+
 class Geometry(ctypes.Structure):
     _fields_ = [
         ("images", c_int64),

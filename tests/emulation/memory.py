@@ -33,6 +33,7 @@ class Region:
         self.owner = np.full(cells, -1, np.int8)  # index of the argument
         self.writer = np.zeros(cells, np.int32)  # program + 1, 0 for none
         self.reader = np.zeros(cells, np.int32)  # program + 1, 0 for none, -1 for several
+        self.clock = np.zeros(0, np.int64)  # of the last store, where an ordering is kept
         self.loaded = np.zeros(cells, bool)
         self.stored = np.zeros(cells, bool)
 
@@ -67,6 +68,7 @@ class GuardedMemory:
         self.check_stores = check_stores
         self.names: list[str] = []
         self.program = 0
+        self.ordering: Any = None  # of blocks that may wait for each other: emulation.ptx.ordering
         cells: dict[int, int] = {}
         tensors = list(tensors_of(arguments))
         for name, tensor in tensors:
@@ -200,7 +202,11 @@ class GuardedMemory:
     def _read(self, region: Region, cells: np.ndarray, me: Any) -> None:
         writers = region.writer[cells]
         if (foreign := (writers != 0) & (writers != me)).any():
-            raise ProgramRace(f"a program loads what program {int(writers[foreign][0]) - 1} stores")
+            if self.ordering is not None:
+                readers = np.broadcast_to(me, len(cells))[foreign] - 1
+                foreign[foreign] = ~self.ordering.sees(readers, writers[foreign] - 1, region.clock[cells[foreign]])
+            if foreign.any():
+                raise ProgramRace(f"a program loads what program {int(writers[foreign][0]) - 1} stores")
         readers = region.reader[cells]
         region.reader[cells] = np.where((readers == 0) | (readers == me), me, -1)
         if not isinstance(me, int) and (several := region.reader[cells] != me).any():
@@ -214,5 +220,9 @@ class GuardedMemory:
         if ((readers != 0) & (readers != me)).any():
             raise ProgramRace("a program stores what another program loads")
         region.writer[cells] = me
+        if self.ordering is not None:
+            if not len(region.clock):
+                region.clock = np.zeros(len(region.writer), np.int64)
+            region.clock[cells] = self.ordering.clock[np.asarray(me) - 1]
         if not isinstance(me, int) and (region.writer[cells] != me).any():
             raise DoubleStore("two programs store to one address")

@@ -39,14 +39,23 @@ class Memories:
 
     def build(self, i: Instruction) -> Run:
         builders = {"ld": self._load, "ldu": self._load, "st": self._store, "cp": self._copy, "ldmatrix": self._matrices,
-                    "atom": self._atomic, "red": self._atomic, "prefetch": self._nothing, "fence": self._nothing,
-                    "membar": self._nothing, "createpolicy": self._nothing, "griddepcontrol": self._nothing,
-                    "nanosleep": self._nothing}  # fmt: skip
+                    "atom": self._atomic, "red": self._atomic, "prefetch": self._nothing, "fence": self._fence,
+                    "membar": self._fence, "createpolicy": self._nothing, "griddepcontrol": self._nothing}  # fmt: skip
         return builders[i.op](i)
 
     @staticmethod
     def _nothing(i: Instruction) -> Run:
         return lambda mask: None
+
+    def _fence(self, i: Instruction) -> Run:
+        if not i.has("gl", "gpu", "sys"):
+            return self._nothing(i)
+
+        def fence(mask: Mask) -> None:
+            if self.memory.ordering is not None:
+                self.memory.ordering.fence(self.threads(mask))
+
+        return fence
 
     def _space(self, i: Instruction) -> str:
         for part in i.parts[1:]:
@@ -65,7 +74,7 @@ class Memories:
         dtype, count, total = TYPES[i.type], len(writers), self.registers.threads
         if space == "param":
             return self._load_parameter(i, writers, width)
-        address = self.address(i.operands[1])
+        address, anew = self.address(i.operands[1]), i.has("volatile", "relaxed", "acquire")
 
         def load(mask: Mask) -> None:
             threads = self.threads(mask)
@@ -73,6 +82,8 @@ class Memories:
             if space == "shared":
                 got = self.shared.read(at, threads, width, count)
             else:
+                if anew and self.memory.ordering is not None:
+                    self.memory.ordering.look(at, threads)
                 self.memory.load(at, width * count, self.programs[threads])
                 got = self.memory.gather(at, width, count)
             for number, write in enumerate(writers):
@@ -126,6 +137,8 @@ class Memories:
             else:
                 self.memory.store(at, data.itemsize * data.shape[1], data, self.programs[threads])
                 self.memory.scatter(at, data)
+                if self.memory.ordering is not None:
+                    self.memory.ordering.store(threads)
 
         return store
 
@@ -203,6 +216,8 @@ class Memories:
             at, old = address(threads), np.zeros(self.registers.threads, dtype)
             if space == "global":
                 self.memory.atomic(at, width)
+                if self.memory.ordering is not None:
+                    self.memory.ordering.atomic(at, threads)
             for lane, thread in enumerate(threads):
                 one, here = at[lane : lane + 1], threads[lane : lane + 1]
                 if space == "shared":

@@ -15,6 +15,7 @@ from emulation.compiling import compile_launch, jit_function, specialise
 from emulation.errors import EmulationError
 from emulation.memory import GuardedMemory
 from emulation.ptx.machine import Machine
+from emulation.ptx.ordering import Ordering
 from emulation.ptx.parser import parse
 from fastres.kernels.common.triton_launch import Launch
 
@@ -63,15 +64,17 @@ _machines: dict[tuple[Any, ...], Machine] = {}
 
 def run_ptx(
     text: str, memory: GuardedMemory, grid: tuple[int, ...], threads: int, shared: int, values: list[Any],
-    race_check: bool = True, early: bool = False, entry: str | None = None,
+    race_check: bool = True, early: bool = False, entry: str | None = None, cooperative: bool = False,
 ) -> int:  # fmt: skip
     """Runs a kernel's PTX over a grid; returns the number of ambiguous stores (see PtxExecutor).
 
     values: tensors, integers, floats and structs as bytes, in the order of the kernel's parameters.
+    cooperative: all blocks run side by side, since they may wait for each other.
     """
     whole = (*grid, 1, 1, 1)[:3]
     count, ambiguous = int(np.prod(whole)), 0
-    width = max(1, min(count, THREADS // threads))
+    memory.ordering = Ordering(count, threads) if cooperative else None
+    width = count if cooperative else max(1, min(count, THREADS // threads))
     for first in range(0, count, width):
         blocks = min(width, count - first)
         key = (text, entry, threads, blocks, shared)
@@ -84,7 +87,7 @@ def run_ptx(
             number = value.data_ptr() if isinstance(value, torch.Tensor) else value
             machine.registers.set_parameter(name, kind, number)
         with np.errstate(all="ignore"):
-            machine.run(memory, first, whole, race_check, early)
+            machine.run(memory, first, whole, race_check, early, staggered=cooperative)
         ambiguous += machine.shared.ambiguous
     return ambiguous
 

@@ -1,7 +1,8 @@
 """Runs a parsed kernel: several blocks side by side, all their threads at once in numpy.
 
 Threads that go different ways are groups; the group with the smallest program counter runs until it meets another one,
-so that they join again as early as possible. Every instruction is turned into a function once and then called for every
+so that they join again as early as possible. Threads that sleep, because they wait for another block, do so until no
+other thread can go on. Every instruction is turned into a function once and then called for every
 group of blocks of every launch.
 """
 
@@ -21,6 +22,7 @@ from emulation.ptx.registers import Mask, Registers
 from emulation.ptx.shared import SharedMemory
 
 LIMIT = 5_000_000  # instructions of one group of blocks
+PATIENCE = 100  # times that sleeping threads look in vain for what other blocks do
 
 
 class Machine:
@@ -45,6 +47,8 @@ class Machine:
                 return guard, i.negated, self._target(i), "branch"
             if i.op in ("ret", "exit"):
                 return guard, i.negated, None, "exit"
+            if i.op == "nanosleep":
+                return guard, i.negated, None, "sleep"
             if i.op == "trap":
                 return guard, i.negated, self._trap, ""
             if i.op in ("bar", "barrier"):
@@ -74,22 +78,40 @@ class Machine:
             raise Unsupported("barrier")
         return None, "barrier"
 
-    def run(self, memory: GuardedMemory, first: int, grid: tuple[int, int, int], race_check: bool, early: bool) -> None:
-        """Runs the blocks from number ``first`` on, x fastest."""
+    def run(
+        self, memory: GuardedMemory, first: int, grid: tuple[int, int, int], race_check: bool, early: bool,
+        staggered: bool = False,
+    ) -> None:  # fmt: skip
+        """Runs the blocks from number ``first`` on, x fastest. ``staggered``: each starts when those before it end or wait."""
         self.registers.place_blocks(first, grid)
         self.memories.memory = memory
         self.memories.programs[:] = first + np.arange(self.registers.threads) // self.threads
         self.shared.reset(race_check, early)
-        groups: dict[int, Mask] = {0: True}
+        groups: dict[int, Mask] = {} if staggered else {0: True}
+        later = range(self.blocks) if staggered else range(0)
+        block_of = np.arange(self.registers.threads) // self.threads
         waiting: dict[int, Mask] = {}
-        budget = LIMIT
-        while groups or waiting:
+        sleeping: dict[int, Mask] = {}
+        budget, in_vain = LIMIT, 0
+        while groups or waiting or sleeping or later:
+            if not groups and waiting and self._release(groups, waiting, sleeping):
+                in_vain = 0
+            if not groups and later:
+                groups[0] = block_of == later[0]
+                later = later[1:]
             if not groups:
-                self._release(groups, waiting)
-            budget = self._run_group(groups, waiting, budget)
+                in_vain += 1
+                if in_vain > PATIENCE:
+                    at = self.kernel.code[min(sleeping) - 1]
+                    raise Hang(f"blocks wait for each other for ever, at {at.text} ({at.place})")
+                groups.update(sleeping)
+                sleeping.clear()
+            budget = self._run_group(groups, waiting, sleeping, budget)
 
-    def _run_group(self, groups: dict[int, Mask], waiting: dict[int, Mask], budget: int) -> int:
-        """Runs the hindmost group up to a branch, a barrier, its end or the next group."""
+    def _run_group(
+        self, groups: dict[int, Mask], waiting: dict[int, Mask], sleeping: dict[int, Mask], budget: int
+    ) -> int:
+        """Runs the hindmost group up to a branch, a barrier, a sleep, its end or the next group."""
         pc = min(groups)
         mask = groups.pop(pc)
         following = min(groups) if groups else -1
@@ -120,6 +142,8 @@ class Machine:
                 self._join(groups, action, active)
             elif kind == "barrier":
                 self._join(waiting, pc, active)
+            elif kind == "sleep":
+                self._join(sleeping, pc, active)
             if rest is not None:
                 self._join(groups, pc, rest)
             return budget
@@ -133,17 +157,39 @@ class Machine:
             mask = True if mask.all() else mask
         groups[pc] = mask
 
-    def _release(self, groups: dict[int, Mask], waiting: dict[int, Mask]) -> None:
-        if len(waiting) > 1:
-            arrived = [
-                np.broadcast_to(m, self.registers.threads).reshape(self.blocks, -1).any(axis=1)
-                for m in waiting.values()
-            ]
-            if (np.sum(arrived, axis=0) > 1).any():
-                raise EmulationError("threads of one block wait at different barriers")
-        self.shared.barrier()
-        groups.update(waiting)
-        waiting.clear()
+    def _release(self, groups: dict[int, Mask], waiting: dict[int, Mask], sleeping: dict[int, Mask]) -> bool:
+        """Lets the blocks go on of which all threads are at a barrier; whether there are any."""
+        arrived = [self._by_block(m) for m in waiting.values()]
+        if len(waiting) > 1 and (np.sum(arrived, axis=0) > 1).any():
+            raise EmulationError("threads of one block wait at different barriers")
+        ordering = self.memories.memory.ordering
+        if not sleeping:
+            self.shared.barrier()
+            if ordering is not None:
+                ordering.barrier(np.any([np.zeros(self.blocks, bool), *arrived], axis=0))
+            groups.update(waiting)
+            waiting.clear()
+            return bool(groups)
+        free = ~np.any([self._by_block(m) for m in sleeping.values()], axis=0)
+        if not any((blocks & free).any() for blocks in arrived):
+            return False
+        self.shared.barrier(free)
+        if ordering is not None:
+            ordering.barrier(free & np.any(arrived, axis=0))
+        threads = np.repeat(free, self.threads)
+        for pc, mask in list(waiting.items()):
+            going = np.broadcast_to(mask, self.registers.threads) & threads
+            if going.any():
+                self._join(groups, pc, going)
+                staying = np.broadcast_to(mask, self.registers.threads) & ~threads
+                del waiting[pc]
+                if staying.any():
+                    waiting[pc] = staying
+        return True
+
+    def _by_block(self, mask: Mask) -> np.ndarray:
+        """[blocks]: whether any thread of the block is in the mask."""
+        return np.broadcast_to(mask, self.registers.threads).reshape(self.blocks, -1).any(axis=1)
 
     def counts(self) -> Counter[str]:
         """How often each opcode ran, over all groups of blocks so far."""

@@ -50,9 +50,14 @@ class SharedMemory:
         self.copies.clear()
         self.barrier()
 
-    def barrier(self) -> None:
-        self.writer.fill(0)
-        self.reader.fill(0)
+    def barrier(self, blocks: np.ndarray | None = None) -> None:
+        """Of all blocks, or of those that ``blocks`` [blocks] names."""
+        if blocks is None:
+            self.writer.fill(0)
+            self.reader.fill(0)
+            return
+        for tags in (self.writer, self.reader):
+            tags.reshape(len(blocks), -1)[blocks] = 0
 
     def warp_barrier(self, threads: np.ndarray) -> None:
         """The threads of a warp see each other's accesses from here on; other warps don't."""
