@@ -110,10 +110,9 @@ class CMakeBuild(build_ext):
         (package / "_build.json").write_text(json.dumps(facts) + "\n")
 
     def build_folder(self) -> Path:
-        """setuptools builds an editable install in a temporary folder; a checkout keeps its objects."""
-        if self.inplace or self.editable_mode:
-            return ROOT / "build" / f"editable-{sys.implementation.cache_tag}"
-        return Path(self.build_temp).resolve()
+        """Kept in the checkout, where setuptools' own is a temporary one for editable installs, and one for all versions of
+        Python: most of what is compiled depends on none."""
+        return ROOT / "build" / ("editable" if self.inplace or self.editable_mode else "wheel")
 
     def build(self, package: Path, cuda: str) -> None:
         compiler()
