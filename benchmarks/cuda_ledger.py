@@ -15,7 +15,7 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -27,9 +27,12 @@ from benchmarks import cuda_code  # noqa: E402
 from benchmarks.compile_ledger import span, text_table, worse  # noqa: E402
 from benchmarks.cuda_code import ACCESSES, WIDTHS, Code  # noqa: E402
 from benchmarks.cuda_launches import Launch, launches  # noqa: E402
+from benchmarks.report import with_figures  # noqa: E402
 from fastres.kernels.common.architectures import ARCHITECTURES  # noqa: E402
 
 LEDGER = ROOT / "benchmarks" / "results" / "cuda_ledger.json"
+PAGE = ROOT / "docs" / "cuda.md"
+BEGIN, END = "<!-- ledger: written by benchmarks/cuda_ledger.py --update -->", "<!-- end of ledger -->"
 LIBRARY = ROOT / "fastres" / "_cuda.so"
 ARCHS = (80, 86, 89, 90, 100, 120)
 WARPS = {80: 8, 90: 8, 100: 8}  # resident at least: two blocks of 128 threads or one of 256; elsewhere one block
@@ -199,27 +202,59 @@ def complaints(found: Sequence[Row], ledger: Mapping[str, Any]) -> list[str]:
 
 
 def update(found: Sequence[Row], compiler: str) -> None:
+    """Writes the ledger and the table of docs/cuda.md."""
     kernels: dict[str, dict[str, Any]] = {}
     for row in found:
         kernels.setdefault(row.kernel, {})[str(row.arch)] = list(asdict(row.figures).values())
     lines = [f"  {json.dumps(name)}: {json.dumps(entry)}" for name, entry in sorted(kernels.items())]
     head = json.dumps({"columns": COLUMNS, "widths": WIDTHS, "compiler": compiler})[1:-1]
     LEDGER.write_text("{" + head + ', "kernels": {\n' + ",\n".join(lines) + "\n}}\n")
+    PAGE.write_text(with_figures(PAGE.read_text(), page_table(load()), BEGIN, END))
+
+
+Groups = dict[tuple[str, str], dict[int, list[Figures]]]
+
+
+def grouped(entries: Iterable[tuple[str, int, Figures]]) -> Groups:
+    """By kernel and the bits of its maps, then by architecture: the figures of the variants."""
+    groups: Groups = {}
+    for kernel, arch, figures in entries:
+        key = kernel.partition("<")[0], "16 bits" if sixteen_bit(kernel) else "32 bits"
+        groups.setdefault(key, {}).setdefault(arch, []).append(figures)
+    return dict(sorted(groups.items()))
+
+
+def page_table(ledger: Mapping[str, Any]) -> str:
+    """The ledger's summary, as Markdown."""
+    groups = grouped(
+        (kernel, int(arch), Figures(*values))
+        for kernel, archs in ledger["kernels"].items()
+        for arch, values in archs.items()
+    )
+    lines = ["| kernel | maps | variants | shared KiB | " + " | ".join(f"sm_{arch}" for arch in ARCHS) + " |"]
+    lines.append("|---|---|" + "---:|" * (2 + len(ARCHS)))
+    for (kernel, bits), archs in groups.items():
+        cells = [kernel, bits, str(len(archs[ARCHS[0]])), span([f.shared / 1024 for f in archs[ARCHS[0]]])]
+        for arch in ARCHS:
+            warps = [f.blocks * f.threads / 32 for f in archs[arch]]
+            cells.append(f"{span([f.registers for f in archs[arch]])}; {span(warps)}")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(
+        [*lines, "", f"{len(ledger['kernels'])} kernels, compiled by {ledger['compiler']}. No kernel spills."]
+    )
 
 
 def summary(found: Sequence[Row]) -> list[tuple[str, ...]]:
-    """One line for each kernel, its variants and architectures together, or for each variant."""
-    groups: dict[tuple[str, str, int], list[Figures]] = {}
-    for row in found:
-        bits = "16 bits" if sixteen_bit(row.kernel) else "float32"
-        groups.setdefault((row.kernel.partition("<")[0], bits, row.arch), []).append(row.figures)
+    """One line for each kernel and architecture."""
     lines = [("kernel", "maps", "arch", "variants", "registers", "shared KiB", "warps", "HMMA", "LDSM", "LDGSTS")]
-    for (kernel, bits, arch), group in sorted(groups.items()):
-        lines.append((
-            kernel, bits, f"sm_{arch}", str(len(group)), span([f.registers for f in group]),
-            span([f.shared / 1024 for f in group]), span([f.blocks * f.threads / 32 for f in group]),
-            span([f.tensor for f in group]), span([f.matrix_loads for f in group]), span([f.async_copies for f in group]),
-        ))  # fmt: skip
+    for (kernel, bits), archs in grouped((row.kernel, row.arch, row.figures) for row in found).items():
+        for arch, group in archs.items():
+            lines.append((
+                kernel, bits, f"sm_{arch}", str(len(group)), span([f.registers for f in group]),
+                span([f.shared / 1024 for f in group]), span([f.blocks * f.threads / 32 for f in group]),
+                span([f.tensor for f in group]), span([f.matrix_loads for f in group]),
+                span([f.async_copies for f in group]),
+            ))  # fmt: skip
     return lines
 
 
@@ -236,7 +271,7 @@ def main() -> int:
         if {row.arch for row in found} != set(ARCHS) or problems:
             sys.exit("\n".join([*problems, f"the ledger is of a library with all of {ARCHS} and known launches"]))
         update(found, compiler())
-        print(f"wrote {LEDGER.relative_to(ROOT)}")
+        print(f"wrote {LEDGER.relative_to(ROOT)} and {PAGE.relative_to(ROOT)}")
         problems = [f"sm_{row.arch} {row.kernel}: {fault}" for row in found for fault in row.faults()]
     else:
         problems += complaints(found, load())

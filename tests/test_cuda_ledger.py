@@ -16,6 +16,7 @@ from benchmarks import cubin, cuda_code, cuda_ledger  # noqa: E402
 from benchmarks.cuda_code import Code, Loop  # noqa: E402
 from benchmarks.cuda_launches import Launch  # noqa: E402
 from benchmarks.cuda_ledger import Figures, Row  # noqa: E402
+from benchmarks.report import with_figures  # noqa: E402
 
 LOOP = Loop(tensor=16, matrix_loads=8, scalar_loads=0, wide=4, narrow=3)
 WIDTHS = {"LDG": [0, 0, 2, 1, 0], "STG": [4, 0, 0, 0, 0], "LDGSTS": [4, 0, 3, 0, 0]}
@@ -40,6 +41,11 @@ def test_the_ledger_holds_all_architectures():
         assert tuple(map(int, archs)) == cuda_ledger.ARCHS, name
         for values in archs.values():
             assert Figures(*values).spill == 0
+
+
+def test_the_page_shows_the_ledger():
+    page, ledger = cuda_ledger.PAGE.read_text(), cuda_ledger.load()
+    assert page == with_figures(page, cuda_ledger.page_table(ledger), cuda_ledger.BEGIN, cuda_ledger.END)
 
 
 def row(code: Code = GOOD, kernel: str = KERNEL, arch: int = 80, launch: Launch = LAUNCH) -> Row:
