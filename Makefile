@@ -5,6 +5,8 @@ VENV      ?= .venv
 TORCH     ?= torch==2.14.1 torchvision==0.29.1
 EXTRAS    ?= dev
 PIP_ARGS  ?=
+# One GPU architecture keeps a build short. Its PTX runs on any newer GPU, compiled by the driver at first use. CUDA_ARCHS= builds all.
+CUDA_ARCHS ?= 80
 DEMO_ARGS ?=
 TEST_ARGS ?=
 BENCH_ARGS ?=
@@ -18,7 +20,7 @@ SAY    := @printf '\033[1m== %s\033[0m\n'
 BUILD_INPUTS := pyproject.toml setup.py CMakeLists.txt $(wildcard cmake/*) $(wildcard build_backend/*.py) \
   $(shell find csrc kernels \( -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh' \) -type f)
 
-.PHONY: help demo test gpu bench install sanitize lint format clean distclean FORCE
+.PHONY: help demo test gpu bench install wheel sanitize lint format clean distclean FORCE
 .DELETE_ON_ERROR:
 
 help:
@@ -30,6 +32,8 @@ help:
 	@echo "make lint       ruff, mypy, clang-format, line limit, README tables"
 	@echo "make format     rewrite files as ruff and clang-format want them"
 	@echo "make install    create $(VENV) only                  TORCH='torch==2.13.0' EXTRAS=dev,data PIP_ARGS=..."
+	@echo "                                                    CUDA_ARCHS='80 90-real' (default 80, empty: all)"
+	@echo "make wheel      a wheel with both libraries, for all GPU architectures, in dist/, and its checks"
 	@echo "make clean      remove what was built; make distclean removes $(VENV) and the demo's results as well"
 
 $(BIN)/python:
@@ -43,6 +47,8 @@ $(STAMPS)/torch.wanted: FORCE | $(BIN)/python
 	@mkdir -p $(STAMPS); echo '$(TORCH)' | cmp -s - $@ || echo '$(TORCH)' > $@
 $(STAMPS)/extras.wanted: FORCE | $(BIN)/python
 	@mkdir -p $(STAMPS); echo '$(EXTRAS)' | cmp -s - $@ || echo '$(EXTRAS)' > $@
+$(STAMPS)/archs.wanted: FORCE | $(BIN)/python
+	@mkdir -p $(STAMPS); echo '$(CUDA_ARCHS)' | cmp -s - $@ || echo '$(CUDA_ARCHS)' > $@
 
 $(STAMPS)/torch: $(STAMPS)/torch.wanted
 	$(SAY) "installing $(TORCH) (the longest step: about a minute on a fast connection)"
@@ -56,12 +62,19 @@ $(STAMPS)/tools: | $(BIN)/python
 	@touch $@
 
 # The pinned torch is named again: a requirement of an extra must not replace it.
-$(STAMPS)/package: $(STAMPS)/torch $(STAMPS)/tools $(STAMPS)/extras.wanted $(BUILD_INPUTS)
+$(STAMPS)/package: $(STAMPS)/torch $(STAMPS)/tools $(STAMPS)/extras.wanted $(STAMPS)/archs.wanted $(BUILD_INPUTS)
 	$(SAY) "building fastres and installing it with [$(EXTRAS)]"
-	@$(PIP) --no-build-isolation -e '.[$(EXTRAS)]' $(TORCH)
+	@FASTRES_CUDA_ARCHS='$(CUDA_ARCHS)' $(PIP) --no-build-isolation -e '.[$(EXTRAS)]' $(TORCH)
 	@touch $@
 
 install: $(STAMPS)/package
+
+# What a release is built from, but for the image: [tool.cibuildwheel] in pyproject.toml builds in manylinux_2_28.
+wheel: $(STAMPS)/torch $(STAMPS)/tools
+	$(SAY) "building the wheel"
+	@rm -rf build/lib* dist/*.whl; FASTRES_NATIVE=ON FASTRES_CUDA=ON FASTRES_CUDA_ARCHS= $(BIN)/python -m pip wheel --quiet --disable-pip-version-check \
+	  --no-build-isolation --no-deps --wheel-dir dist .
+	@$(BIN)/python tools/check_wheel.py --run dist/*.whl
 
 demo: install
 	@$(BIN)/python demo/run.py $(DEMO_ARGS)

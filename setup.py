@@ -3,7 +3,8 @@
 FASTRES_NATIVE  AUTO (default): build the native library, or say in one line why not and install pure Python;
                 ON: fail instead; OFF: don't.
 FASTRES_CUDA    AUTO (default): build the CUDA library where nvcc is found; ON: fail without nvcc; OFF: don't.
-CMAKE_ARGS      more arguments for CMake, for example -DCMAKE_CUDA_ARCHITECTURES=90-real.
+FASTRES_CUDA_ARCHS  the GPU architectures that it is for, as CMake names them ("80", "90-real 100-real"); empty (default): all.
+CMAKE_ARGS      more arguments for CMake.
 """
 
 from __future__ import annotations
@@ -62,6 +63,16 @@ def run(command: list[str], what: str) -> None:
         raise BuildProblem(f"{what} failed: {' '.join(text.split())}")
 
 
+def forget_configuration(build: Path) -> None:
+    """What ``cmake --fresh`` does, without deleting objects: ninja compiles what has changed.
+
+    An isolated build's cmake and ninja live in a folder that is gone the next time, and a compiler may be another one.
+    """
+    (build / "CMakeCache.txt").unlink(missing_ok=True)
+    for folder in (build / "CMakeFiles").glob("[0-9]*"):
+        shutil.rmtree(folder)
+
+
 class CMakeBuild(build_ext):
     def run(self) -> None:
         package = ROOT / "fastres" if self.inplace or self.editable_mode else Path(self.build_lib, "fastres").resolve()
@@ -91,12 +102,17 @@ class CMakeBuild(build_ext):
                 f"fastres: installing without the native library: {facts['native_error']}", file=sys.stderr, flush=True
             )
         elif (package / "_cuda.so").exists():
-            facts["cuda"] = json.loads(Path(self.build_temp, "cuda.json").read_text())
+            facts["cuda"] = json.loads((self.build_folder() / "cuda.json").read_text())
         elif not facts["cuda_error"]:
             facts["cuda_error"] = (
                 "switched off (FASTRES_CUDA=OFF)" if cuda == "OFF" else "no CUDA compiler (nvcc) was found"
             )
         (package / "_build.json").write_text(json.dumps(facts) + "\n")
+
+    def build_folder(self) -> Path:
+        """Kept in the checkout, where setuptools' own is a temporary one for editable installs, and one for all versions of
+        Python: most of what is compiled depends on none."""
+        return ROOT / "build" / ("editable" if self.inplace or self.editable_mode else "wheel")
 
     def build(self, package: Path, cuda: str) -> None:
         compiler()
@@ -112,7 +128,7 @@ class CMakeBuild(build_ext):
             import pybind11
         except ImportError:
             raise BuildProblem("pybind11 not found (it is a build requirement: pip install pybind11)") from None
-        ninja, cmake, build = tool("ninja"), tool("cmake"), Path(self.build_temp).resolve()
+        ninja, cmake, build = tool("ninja"), tool("cmake"), self.build_folder()
         settings = {
             "CMAKE_MAKE_PROGRAM": ninja,
             "CMAKE_INSTALL_PREFIX": package,
@@ -124,22 +140,11 @@ class CMakeBuild(build_ext):
             "FASTRES_VERSION": self.distribution.get_version(),
             "FASTRES_CUDA": cuda,
         }
-        # --fresh: an isolated build's cmake and ninja live in a folder that is gone the next time.
-        run(
-            [
-                cmake,
-                "--fresh",
-                "-G",
-                "Ninja",
-                "-S",
-                str(ROOT),
-                "-B",
-                str(build),
-                *(f"-D{k}={v}" for k, v in settings.items()),
-            ]
-            + shlex.split(os.environ.get("CMAKE_ARGS", "")),
-            "configuring",
-        )
+        if archs := os.environ.get("FASTRES_CUDA_ARCHS", "").replace(";", " ").split():
+            settings["CMAKE_CUDA_ARCHITECTURES"] = ";".join(archs)
+        forget_configuration(build)
+        arguments = [f"-D{k}={v}" for k, v in settings.items()] + shlex.split(os.environ.get("CMAKE_ARGS", ""))
+        run([cmake, "-G", "Ninja", "-S", str(ROOT), "-B", str(build), *arguments], "configuring")
         run([cmake, "--build", str(build)], "compiling")
         run([cmake, "--install", str(build)], "installing")
 

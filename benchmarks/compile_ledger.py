@@ -14,7 +14,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -127,20 +127,22 @@ def complaints(rows: Sequence[Row], ledger: dict[str, Any]) -> list[str]:
     return found
 
 
-def worse(now: Figures, committed: Figures) -> list[str]:
-    """In what ``now`` is worse than what was committed."""
-    found = []
-    for name in ("registers", "shared", "narrow"):
-        if getattr(now, name) > getattr(committed, name):
-            found.append(f"{name} grew from {getattr(committed, name)} to {getattr(now, name)}")
-    for name, what in (
-        ("tensor", "tensor-core instructions"),
-        ("async_copies", "async copies"),
-        ("wide", "16-byte loads"),
-    ):
-        if getattr(committed, name) and not getattr(now, name):
-            found.append(f"lost its {getattr(committed, name)} {what}")
-    return found
+GROWS = {name: name for name in ("registers", "shared", "narrow")}
+LOST = {"tensor": "tensor-core instructions", "async_copies": "async copies", "wide": "16-byte loads"}
+
+
+def worse(now: Any, committed: Any, grows: Mapping[str, str] = GROWS, lost: Mapping[str, str] = LOST) -> list[str]:
+    """In what ``now`` is worse than what was committed: figures that must not grow, and that must not become 0."""
+    found = [
+        f"{what} grew from {getattr(committed, name)} to {getattr(now, name)}"
+        for name, what in grows.items()
+        if getattr(now, name) > getattr(committed, name)
+    ]
+    return found + [
+        f"lost its {getattr(committed, name)} {what}"
+        for name, what in lost.items()
+        if getattr(committed, name) and not getattr(now, name)
+    ]
 
 
 def update(rows: Sequence[Row]) -> None:
@@ -173,10 +175,6 @@ def summary(rows: Sequence[Row]) -> list[tuple[str, ...]]:
     for (kernel, arch), group in sorted(groups.items()):
         kept = [r.figures for r in group if not r.faults()] or [r.figures for r in group]
 
-        def span(values: list[float], form: str = "{:.0f}") -> str:
-            low, high = form.format(min(values)), form.format(max(values))
-            return low if low == high else f"{low} to {high}"
-
         lines.append((
             kernel, f"sm_{arch}", str(len(group)), str(sum(bool(r.faults()) for r in group)),
             span([f.registers for f in kept]), span([f.shared / 1024 for f in kept], "{:.1f}"),
@@ -184,6 +182,11 @@ def summary(rows: Sequence[Row]) -> list[tuple[str, ...]]:
             span([f.async_copies for f in kept]), span([f.wide for f in kept]),
         ))  # fmt: skip
     return lines
+
+
+def span(values: Sequence[float], form: str = "{:.0f}") -> str:
+    low, high = form.format(min(values)), form.format(max(values))
+    return low if low == high else f"{low} to {high}"
 
 
 def text_table(lines: Sequence[tuple[str, ...]]) -> list[str]:

@@ -1,4 +1,7 @@
-"""What a compiled kernel needs and does, read from its machine code: registers, spills, shared memory, instructions."""
+"""What a compiled kernel needs and does, read from its machine code: registers, spills, shared memory, instructions.
+
+``figures`` of a Triton kernel's cubin, for ``compile_ledger``; the readers below it also serve ``cuda_ledger``.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +12,10 @@ import os
 import re
 import subprocess
 import tempfile
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from fastres.kernels.common.architectures import ARCHITECTURES
 
@@ -19,7 +23,8 @@ from fastres.kernels.common.architectures import ARCHITECTURES
 TENSOR_CORES = ("HMMA", "HGMMA", "UTCHMMA", "UTCQMMA", "IMMA", "QMMA", "OMMA")
 ASYNC = ("LDGSTS", "UTMALDG", "UBLKCP")  # copies from global to shared memory that no register waits for
 LOADS, SPILLS = ("LDG", "LDGSTS"), ("LDL", "STL")
-_INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*(?:\.[A-Za-z0-9_]+)*)")
+_INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*(?:\.[A-Za-z0-9_]+)*)([^;\n]*)")
+_ADDRESS = re.compile(r"0x([0-9a-f]+)")
 _RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+)")
 
 
@@ -48,52 +53,107 @@ def tools() -> Path:
 
 def figures(cubin: bytes, shared: int, warps: int, arch: int, cache: Path | None = None) -> Figures:
     """``shared``: dynamic shared memory in bytes. ``cache``: a folder that keeps what was read of each cubin."""
-    key = hashlib.sha256(cubin + f"{shared},{warps},{arch},{_own_digest()}".encode()).hexdigest()
-    kept = cache / f"{key}.json" if cache else None
-    if kept is not None and kept.exists():
-        return Figures(**json.loads(kept.read_text()))
-    found = read(_disassembled(cubin), shared, warps, arch)
-    if kept is not None:
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=kept.parent, delete=False) as out:
-            json.dump(asdict(found), out)
-        os.replace(out.name, kept)
-    return found
+
+    def found() -> dict[str, Any]:
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(cubin)
+            file.flush()
+            return asdict(read(disassembled(Path(file.name)), shared, warps, arch))
+
+    return Figures(**kept(found, cubin + f"{shared},{warps},{arch}".encode(), Path(__file__), cache))
 
 
-def _own_digest() -> str:
-    return hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]
+def kept(found: Callable[[], Any], content: bytes, reader: Path, cache: Path | None) -> Any:
+    """What ``found`` reads of the content, as JSON; from the folder ``cache`` if the same code has read it before."""
+    key = hashlib.sha256(content + b"".join(path.read_bytes() for path in {reader, Path(__file__)})).hexdigest()
+    place = cache / f"{key}.json" if cache else None
+    if place is not None and place.exists():
+        return json.loads(place.read_text())
+    value = found()
+    if place is not None:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=place.parent, delete=False) as out:
+            json.dump(value, out)
+        os.replace(out.name, place)
+    return value
 
 
-def _disassembled(cubin: bytes) -> str:
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        command = [str(tools() / "cuobjdump"), "-res-usage", "-sass", file.name]
-        environment = {**os.environ, "PATH": f"{tools()}:{os.environ.get('PATH', '')}"}
-        done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    if done.returncode or not _RESOURCES.search(done.stdout):
+def cuobjdump(*arguments: str, cwd: Path | None = None) -> str:
+    environment = {**os.environ, "PATH": f"{tools()}:{os.environ.get('PATH', '')}"}
+    command = [str(tools() / "cuobjdump"), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=cwd)
+    if done.returncode:
         raise RuntimeError(f"cuobjdump failed: {done.stderr or done.stdout[-300:]}")
     return done.stdout
 
 
+def disassembled(file: Path) -> str:
+    """cuobjdump's resources and instructions of all kernels of a cubin."""
+    text = cuobjdump("-res-usage", "-sass", str(file))
+    if not _RESOURCES.search(text):
+        raise RuntimeError(f"cuobjdump found no kernel in {file}: {text[-300:]}")
+    return text
+
+
+class Instruction(NamedTuple):
+    address: int
+    family: str  # LDG
+    suffixes: tuple[str, ...]  # E, 128
+    operands: str
+
+    @property
+    def bytes(self) -> int:
+        """What a thread moves, if this is a load, a store or a copy."""
+        for bits, suffixes in ((256, {"256"}), (128, {"128"}), (64, {"64"}), (16, {"U16", "S16"}), (8, {"U8", "S8"})):
+            if suffixes.intersection(self.suffixes):
+                return bits // 8
+        return 4
+
+
+def resources(text: str) -> tuple[int, int, int]:
+    """Registers, bytes of stack, bytes of static shared memory: the first in cuobjdump's output."""
+    found = _RESOURCES.search(text)
+    assert found is not None
+    registers, stack, static = map(int, found.groups())
+    return registers, stack, static
+
+
+def instructions(text: str) -> Iterator[Instruction]:
+    for match in _INSTRUCTION.finditer(text):
+        address, name, operands = match.groups()
+        family, *suffixes = name.split(".")
+        yield Instruction(int(address, 16), family, tuple(suffixes), operands)
+
+
+def loops(code: list[Instruction]) -> list[list[Instruction]]:
+    """What lies between a backward branch and its target."""
+    found = []
+    for branch in code:
+        target = _ADDRESS.findall(branch.operands) if branch.family == "BRA" else []
+        if target and int(target[-1], 16) < branch.address:
+            found.append([i for i in code if int(target[-1], 16) <= i.address <= branch.address])
+    return found
+
+
+def spilled(stack: int, families: Iterable[str]) -> int:
+    return stack or int(not set(SPILLS).isdisjoint(families))
+
+
 def read(text: str, shared: int, warps: int, arch: int) -> Figures:
     """The figures of cuobjdump's output (``-res-usage -sass``)."""
-    resources = _RESOURCES.search(text)
-    assert resources is not None
-    registers, stack, static = map(int, resources.groups())
+    registers, stack, static = resources(text)
     counts: collections.Counter[str] = collections.Counter()
     widths: collections.Counter[str] = collections.Counter()
-    for match in _INSTRUCTION.finditer(text):
-        family, *suffixes = match.group(1).split(".")
-        counts[family] += 1
-        if family in LOADS:
-            widths["wide" if "128" in suffixes else "medium" if "64" in suffixes else "narrow"] += 1
+    for instruction in instructions(text):
+        counts[instruction.family] += 1
+        if instruction.family in LOADS:
+            size = instruction.bytes
+            widths["wide" if size >= 16 else "medium" if size == 8 else "narrow"] += 1
 
     def sum_of(names: Any) -> int:
         return sum(counts[name] for name in names)
 
-    spill = stack or int(sum_of(SPILLS) > 0)
+    spill = spilled(stack, counts)
     total = max(shared, static)
     occupancy = round(ARCHITECTURES[arch].occupancy(registers, total, warps), 4)
     return Figures(

@@ -3,6 +3,7 @@
 
 #include "../../kernels/batch_norm_act/cuda_problem.h"
 #include "../../kernels/conv/cuda_problem.h"
+#include "../../kernels/conv_stats/cuda_shape.h"
 #include "../../kernels/conv_stats/cuda_weight_shape.h"
 #include "../../kernels/scale_shift_act/cuda_problem.h"
 
@@ -15,10 +16,6 @@ const char* scale_shift_act_masked(const PointProblem& problem, int device, void
 const char* conv_forward(const ConvForward& problem, int device, void* stream);
 const char* conv_input_gradient(const ConvBackward& problem, int device, void* stream);
 const char* conv_weight_gradient(const ConvBackward& problem, int device, void* stream);
-
-// Floats of ConvBackward::workspace, as weight_gradient_workspace() says of the other gradient. Everything else of the problem must be set.
-int64_t input_gradient_workspace(const ConvBackward& problem);
-
 const char* batch_norm_act(const NormProblem& problem, bool backward, int device, void* stream);
 
 // The figures of a device, asked of the driver: no synchronisation.

@@ -74,9 +74,6 @@ void use(float* workspace, int64_t floats) {
 
 }  // namespace
 
-int64_t input_gradient_workspace(const ConvBackward& p) { return p.grad_scale == nullptr ? 0 : 2 * p.shape.channels; }
-int64_t weight_gradient_workspace(const ConvBackward& p) { return p.shape.filters * p.shape.channels; }
-
 const char* conv_forward(const ConvForward& f, int, void*) {
   ++launches;
   if (failure != nullptr) return failure;
