@@ -9,6 +9,7 @@ import torch
 from emulation import cuda
 from emulation.cuda_problems import RESIDUALS, TYPES, Affine, PointProblem, check, pointer
 from emulation.errors import SharedMemoryRace
+from emulation.sanitized import Sanitized
 
 FORMATS = pytest.mark.parametrize("fmt", cases.FORMATS, ids=["contiguous", "channels_last"])
 DTYPES = pytest.mark.parametrize("dtype", TYPES, ids=["fp32", "fp16", "bf16"])
@@ -155,6 +156,16 @@ def test_order_of_threads_does_not_matter(library):
         )
         for other in others:
             assert_equal(other, first)
+
+
+@pytest.mark.parametrize("sanitizer", ["thread", "address"])
+def test_sanitized(library, sanitizer):
+    """No races, nothing outside of the tensors or shared memory, and the same numbers."""
+    for fmt, dtype in itertools.product(cases.FORMATS, (torch.float32, torch.bfloat16)):
+        problem = next(problems((2, 17, 6, 5), dtype, fmt, ("affine",)))
+        executor = Sanitized(sanitizer)
+        assert torch.equal(run(library, *problem[:-1], executor=executor), cases.forward(*problem[:-1]))
+        assert_equal(run(library, *problem, executor=executor), expected_grads(problem[-1], *problem[:-1]))
 
 
 def test_nan_and_infinity(library):

@@ -55,7 +55,7 @@ class Sanitized:
             given.write_bytes(b"".join(parts))
             environment = {
                 **os.environ,
-                "TSAN_OPTIONS": "halt_on_error=1:second_deadlock_stack=0:report_signal_unsafe=0",
+                "TSAN_OPTIONS": "halt_on_error=1:report_signal_unsafe=0:atexit_sleep_ms=0",
                 "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0",
                 "UBSAN_OPTIONS": "print_stacktrace=1",
             }
