@@ -15,7 +15,7 @@ const char* conv_forward(const ConvForward& problem, int device, void* stream);
 const char* conv_input_gradient(const ConvBackward& problem, int device, void* stream);
 const char* conv_weight_gradient(const ConvBackward& problem, int device, void* stream);
 
-// Floats of ConvBackward::workspace, as weight_gradient_workspace() says of the other gradient. Everything else of the problem must be set.
+// Floats of ConvBackward::workspace for the input gradient; weight_gradient_workspace() is inline. Everything else of the problem is set.
 int64_t input_gradient_workspace(const ConvBackward& problem);
 
 }  // namespace fastres::cuda
