@@ -71,13 +71,6 @@ FASTRES_DEVICE void load(const T* p, float (&out)[V]) {
 #pragma unroll
   for (int v = 0; v < V; ++v) out[v] = to_float(pack.x[v]);
 }
-template <int V, class T>
-FASTRES_DEVICE void store(T* p, const float (&x)[V]) {
-  Pack<T, V> pack;
-#pragma unroll
-  for (int v = 0; v < V; ++v) from_float(x[v], &pack.x[v]);
-  *reinterpret_cast<Pack<T, V>*>(p) = pack;
-}
 
 // ---- A register of a tensor core's operand: two 16-bit elements, or one float -----------------------------------------------------
 template <class T>
@@ -101,6 +94,33 @@ FASTRES_DEVICE uint32_t pack(const float (&x)[kPerRegister<T>]) {
     from_float(x[0], &low);
     from_float(x[1], &high);
     return static_cast<uint32_t>(high.bits) << 16 | low.bits;
+  }
+}
+
+// To global memory. Of an assigned Pack the compiler would make one store for each element: it takes it apart before it looks for
+// neighbours. Loads it leaves whole.
+template <int V, class T>
+FASTRES_DEVICE void store(T* p, const float (&x)[V]) {
+#ifdef __CUDACC__
+  if constexpr (sizeof(Pack<T, V>) == 16) {
+    uint32_t words[4];
+#pragma unroll
+    for (int w = 0; w < 4; ++w) {
+      float part[kPerRegister<T>];
+#pragma unroll
+      for (int i = 0; i < kPerRegister<T>; ++i) part[i] = x[w * kPerRegister<T> + i];
+      words[w] = pack<T>(part);
+    }
+    asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(p)), "r"(words[0]), "r"(words[1]), "r"(words[2]),
+                 "r"(words[3])
+                 : "memory");
+  } else
+#endif
+  {
+    Pack<T, V> pack;
+#pragma unroll
+    for (int v = 0; v < V; ++v) from_float(x[v], &pack.x[v]);
+    *reinterpret_cast<Pack<T, V>*>(p) = pack;
   }
 }
 
