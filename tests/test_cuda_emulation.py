@@ -264,5 +264,6 @@ def test_what_the_wheel_holds_can_be_read():
     path = cuda.ROOT / "fastres" / "_cuda.so"
     if not path.exists():
         pytest.skip("built without CUDA")
-    text = cuda.ptx_of_library(path, "sm_120")
+    text = cuda.ptx_of_library(path)
+    assert text is not None, "the library has no PTX for sm_80, which the tests execute"
     assert re.search(r"\.entry \w*forward_rows", text) and cuda.ptx_of_library(path, "sm_70") is None
