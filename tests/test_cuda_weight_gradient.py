@@ -284,8 +284,7 @@ def test_offsets_past_2_to_the_31(library, offset):
     """An input of 2.56e9 elements, of which a stride reads four pixels: the rest of the memory is reserved only."""
     a = arguments(Shape(1, 64, 2, 2, 8, 1, 1), torch.float16)
     height, width, c = 1000, 40000, 64
-    no_reserve = 0x4000  # MAP_NORESERVE of Linux
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | no_reserve
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000  # Linux's MAP_NORESERVE
     room = mmap.mmap(-1, 2 * (height * width * c + offset), flags=flags)
     x = torch.frombuffer(room, dtype=torch.float16)[offset:].view(1, height, width, c)
     x[:, :: height - 1, :: width - 1] = a.x.permute(0, 2, 3, 1)
