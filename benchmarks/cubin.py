@@ -89,10 +89,7 @@ def cuobjdump(*arguments: str, cwd: Path | None = None) -> str:
 
 def disassembled(file: Path) -> str:
     """cuobjdump's resources and instructions of all kernels of a cubin."""
-    text = cuobjdump("-res-usage", "-sass", str(file))
-    if not _RESOURCES.search(text):
-        raise RuntimeError(f"cuobjdump found no kernel in {file}: {text[-300:]}")
-    return text
+    return cuobjdump("-res-usage", "-sass", str(file))
 
 
 class Instruction(NamedTuple):
@@ -113,7 +110,8 @@ class Instruction(NamedTuple):
 def resources(text: str) -> tuple[int, int, int]:
     """Registers, bytes of stack, bytes of static shared memory: the first in cuobjdump's output."""
     found = _RESOURCES.search(text)
-    assert found is not None
+    if found is None:
+        raise RuntimeError(f"cuobjdump found no kernel: {text[-300:]}")
     registers, stack, static = map(int, found.groups())
     return registers, stack, static
 

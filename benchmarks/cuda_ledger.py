@@ -28,7 +28,7 @@ from benchmarks.compile_ledger import span, text_table, worse  # noqa: E402
 from benchmarks.cuda_code import ACCESSES, WIDTHS, Code  # noqa: E402
 from benchmarks.cuda_launches import Launch, launches  # noqa: E402
 from benchmarks.report import with_figures  # noqa: E402
-from fastres.kernels.common.architectures import ARCHITECTURES  # noqa: E402
+from fastres.kernels.common.architectures import ARCHITECTURES, RESERVED_SHARED  # noqa: E402
 
 LEDGER = ROOT / "benchmarks" / "results" / "cuda_ledger.json"
 PAGE = ROOT / "docs" / "cuda.md"
@@ -91,7 +91,9 @@ class Row:
     @property
     def figures(self) -> Figures:
         code, launch, arch = self.code, self.launch, ARCHITECTURES[self.arch]
-        shared, warps = code.static_shared + launch.shared, -(-launch.threads // 32)
+        # From sm_90 on, the machine code counts what the system takes for itself as the kernel's.
+        static = max(0, code.static_shared - (RESERVED_SHARED if self.arch >= 90 else 0))
+        shared, warps = static + launch.shared, -(-launch.threads // 32)
         blocks = round(arch.occupancy(code.registers, shared, warps) * arch.warps / warps)
         return Figures(
             launch.threads, code.registers, code.spill, shared, blocks, code.tensor, code.matrix_loads, code.async_copies,
@@ -108,7 +110,7 @@ class Row:
         if is_product(self.kernel) and sixteen_bit(self.kernel):
             if not any(loop.tensor and loop.matrix_loads for loop in self.code.loops):
                 yield "has no loop of tensor-core instructions that ldmatrix feeds"
-            if any(loop.scalar_loads for loop in self.code.loops):
+            if is_wide(self.kernel) and any(loop.scalar_loads for loop in self.code.loops):
                 yield "loads single 16-bit elements from shared memory beside its tensor-core instructions"
         if is_wide(self.kernel):
             if not figures.wide_loads or not figures.wide_stores:
@@ -139,12 +141,17 @@ def sixteen_bit(kernel: str) -> bool:
 
 
 # Kernel: which template argument says that its accesses have 16 bytes, and by which values.
+FLAT, VECTOR = ("false",), ("4", "8")
 WIDE = {
-    "conv_forward": (2, ("false",)),  # Flat
-    "forward_rows": (1, ("4", "8")),  # V, elements of an access
-    "forward_planes": (1, ("4", "8")),
-    "backward_rows": (1, ("4", "8")),
-    "backward_planes": (1, ("4", "8")),
+    "conv_forward": (2, FLAT),
+    "conv_input_gradient": (2, FLAT),
+    "conv_weight_gradient": (3, FLAT),
+    "batch_norm_forward": (1, VECTOR),
+    "batch_norm_backward": (1, VECTOR),
+    "forward_rows": (1, VECTOR),
+    "forward_planes": (1, VECTOR),
+    "backward_rows": (1, VECTOR),
+    "backward_planes": (1, VECTOR),
 }
 
 

@@ -95,6 +95,12 @@ def test_a_broken_rule_is_noticed_though_it_was_committed(what):
     assert len(found) == 1 and what in found[0]
 
 
+def test_the_share_of_the_system_is_counted_once():
+    ours, hopper = changed(static_shared=512), changed(static_shared=512 + 1024)
+    assert row(ours).figures.shared == row(hopper, arch=90).figures.shared == 512 + LAUNCH.shared
+    assert row(arch=90).figures.shared == LAUNCH.shared
+
+
 def test_one_block_must_do_where_shared_memory_is_small():
     assert not list(row(arch=89, launch=Launch(128, 90000)).faults())
 
