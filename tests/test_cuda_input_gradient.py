@@ -2,6 +2,8 @@
 
 import ctypes
 import math
+import mmap
+import re
 import shutil
 from pathlib import Path
 
@@ -9,9 +11,10 @@ import pytest
 import torch
 from emulation import cuda
 from emulation.cuda_problems import PRECISIONS, TYPES, Affine, ConvBackward, Geometry, check, pointer
-from emulation.errors import EmulationError
+from emulation.errors import EmulationError, SharedMemoryRace
 from emulation.memory import GuardedMemory
 from emulation.ptx import run_ptx
+from emulation.sanitized import Sanitized
 from gradient_cases import ARRIVING, DTYPES, PROLOGUES, SHAPES, Arguments, Shape, arguments, tf32_peer
 from parity import SLACK, assert_parity, error_of, floor_of
 from torch import Tensor
@@ -249,6 +252,53 @@ def test_not_a_number_stays_where_it_is(library):
     for got, want in zip(backward(library, a, cuda.Fibers(2)), truth, strict=True):
         assert torch.equal(got.isnan(), want.isnan())
         assert torch.equal(got.nan_to_num(), want.nan_to_num())
+
+
+@pytest.mark.parametrize("offset", (ALIGNED, SINGLE), ids=("wide", "flat"))
+def test_offsets_past_2_to_the_31(library, offset):
+    """A gradient of 5e9 elements, nearly all of it in the padding: four pixels are read, the rest of the memory is reserved."""
+    a = with_more(arguments(Shape(1, 16, 2, 2, 128, 1, 1), torch.float16, (True, False, False)), 0)
+    p, tensors = problem_and_tensors(library, a, "float32", (0,), "input_gradient_workspace_of")
+    pad_h, pad_w, k = 500, 20000, a.y.shape[1]
+    height, width = 2 + 2 * pad_h, 2 + 2 * pad_w
+    no_reserve = 0x4000  # MAP_NORESERVE of Linux
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | no_reserve
+    memory = mmap.mmap(-1, 2 * (height * width * k + offset), flags=flags)
+    grad_y = torch.frombuffer(memory, dtype=torch.float16)[offset:].view(1, height, width, k)
+    grad_y[:, pad_h : pad_h + 2, pad_w : pad_w + 2] = tensors["grad_y"]
+    assert (pad_h * width + pad_w) * k > 2**31
+    p.grad_y = pointer(grad_y)
+    p.shape.pad_h, p.shape.pad_w, p.shape.out_height, p.shape.out_width = pad_h, pad_w, height, width
+    library.run("input_gradient", p, cuda.Fibers(0), {**tensors, "grad_y": grad_y})
+    assert_exact((tensors["grad_x"].permute(0, 3, 1, 2), tensors["grad_scale"], tensors["grad_shift"]), a)
+
+
+@pytest.mark.parametrize("sanitizer", ("thread", "address"))
+def test_sanitizers_find_nothing(sanitizer):
+    """Copies of 16 bytes and of single elements, several tiles both ways."""
+    library = cuda.build("conv_input_gradient_one.cpp")
+    for shape in (WIDE[1], WIDE[6], Shape(1, 9, 7, 5, 11, 3, 3, (2, 2), (1, 1))):
+        a = with_more(arguments(shape, torch.float16), 0, scales=False)
+        assert_exact(backward(library, a, Sanitized(sanitizer)), a)
+
+
+def test_a_removed_barrier_or_wait_is_seen(library, ptx):
+    """In the PTX of one kernel with everything in its epilogue."""
+    a = with_more(arguments(WIDE[6], torch.float16), 0, scales=False)
+    p, tensors = problem_and_tensors(library, a, "float32", (0,), "input_gradient_workspace_of")
+    name = library.record("input_gradient", p)[0].name
+    start = ptx.text.index(f".entry {name}(")
+    end = ptx.text.index("\n}", start)
+    places = list(re.finditer(r"(bar(rier)?\.(cta\.)?sync|cp\.async\.wait_group)[^;]*;", ptx.text[start:end]))
+    # Not needed here: the wait after the loop, when nothing is under way, and the barriers at the end of sum_columns, whose
+    # sums the threads that made them write away.
+    spare = {3, 8, 11}
+    assert len(places) == 13
+    for n, found in enumerate(places):
+        if n not in spare:
+            text = ptx.text[: start + found.start()] + ptx.text[start + found.end() :]
+            with pytest.raises(SharedMemoryRace):
+                library.run("input_gradient", p, cuda.Ptx(text), tensors)
 
 
 def problem_of(n, c, size, k, r, stride, dtype="float16") -> ConvBackward:
