@@ -161,12 +161,11 @@ def assert_rule(ours, a: Arguments, kind: str, i: int) -> None:
         return
     # The sums are a few numbers, and how wrong the peer is in a few numbers is chance: its worst of some draws counts.
     worst = [0.0, 0.0]
-    arriving = tuple(t is not None for t in a[:3])
+    case = SHAPES[i], a.x.dtype, tuple(t is not None for t in a[:3]), "relu" if a.relu else "affine"
     for seed in range(4):
-        b = arguments(SHAPES[i], a.x.dtype, arriving, "relu" if a.relu else "affine", exact=False, seed=100 * seed + i)
-        for j, (other, true) in enumerate(
-            zip(peer_of(b)[1:], input_part(reference.backward(*b.double()))[1:], strict=True)
-        ):
+        b = arguments(*case, exact=False, seed=100 * seed + i)
+        sums = zip(peer_of(b)[1:], input_part(reference.backward(*b.double()))[1:], strict=True)
+        for j, (other, true) in enumerate(sums):
             if true.any():
                 worst[j] = max(worst[j], error_of(other, true, "max") / true.abs().max().item())
     for name, got, true, relative in zip(NAMES[1:], ours[1:], truth[1:], worst, strict=True):
@@ -191,8 +190,7 @@ def test_an_addend_and_a_factor(library, ptx, i: int, executor: str):
     for j, (adds, scales) in enumerate(((True, False), (False, True), (True, True))):
         if j != i % 3 and executor == "ptx":
             continue  # each of the three by a third of the shapes
-        a = arguments(SHAPES[i], DTYPES[kind], arriving, prologue, seed=i)
-        a = with_more(a, i, adds, scales)
+        a = with_more(arguments(SHAPES[i], DTYPES[kind], arriving, prologue, seed=i), i, adds, scales)
         assert_exact(backward(library, a, executor_of(executor, i + j, ptx), precision_of(kind), offsets), a)
 
 
@@ -304,8 +302,7 @@ def test_a_removed_barrier_or_wait_is_seen(library, ptx):
 def problem_of(n, c, size, k, r, stride, dtype="float16") -> ConvBackward:
     out = (size - 1) // stride + 1
     shape = Geometry(n, c, size, size, k, out, out, r, r, stride, stride, r // 2, r // 2, 1, 1)
-    kind = TYPES[getattr(torch, dtype)]
-    return ConvBackward(type=kind, shape=shape, grad_y=4096, weight=4096, grad_scale=4096, grad_var=None)
+    return ConvBackward(TYPES[getattr(torch, dtype)], 0, shape, grad_y=4096, weight=4096, grad_scale=4096)
 
 
 def test_tiles_and_workspaces(library):
@@ -384,9 +381,7 @@ BROKEN = {
 def test_a_broken_kernel_is_seen(what: str, tmp_path: Path):
     file, old, new = BROKEN[what]
     for folder in ("kernels", "tests/emulation"):
-        shutil.copytree(
-            cuda.ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("*.py", "__pycache__", "*.md")
-        )
+        shutil.copytree(cuda.ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("*.py", "__pycache__"))
     broken = tmp_path / "kernels" / file
     source = broken.read_text()
     assert source.count(old) >= 1, "the mutation no longer applies"
