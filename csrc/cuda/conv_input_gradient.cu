@@ -11,6 +11,7 @@ extern template void launch_input_gradient_type<float, false>(const ConvBackward
 extern template void launch_input_gradient_type<float, true>(const ConvBackward&, TileShape, void*);
 
 const char* conv_input_gradient(const ConvBackward& p, int device, void* stream) {
+  if (const char* const reason = input_gradient_refusal(p.shape)) return reason;
   return with_errors(device, [&] {
     switch (p.type) {
       case Type::float16: return launch_input_gradient_type<Half, false>(p, input_gradient_tile(p), stream);

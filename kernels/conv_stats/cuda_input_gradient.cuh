@@ -197,13 +197,13 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks) conv_input_grad
           const int c = first_column + column;
           if (c < g.channels) p.workspace[(static_cast<int64_t>(part) * 2 + which) * g.channels + c] = sums[column];
         }
-        __syncthreads();
       };
       sum_columns<Tile>(sums, [&](int i, int j, int e) {
         const float x = to_float(*out.at(Tile::row_of(i, e / 2), Tile::column_of(j, e % 2)));
         return tile.acc[i][j][e] * (x - entry(p.prologue.center, j, e % 2));
       });
       write(0);
+      __syncthreads();
       sum_columns<Tile>(sums, [&](int i, int j, int e) { return tile.acc[i][j][e]; });
       write(1);
     }
