@@ -10,6 +10,10 @@ from emulation import cuda
 from emulation.cuda_problems import RESIDUALS, TYPES, Affine, PointProblem, check, pointer
 from emulation.errors import SharedMemoryRace
 from emulation.sanitized import Sanitized
+from parity import assert_parity
+from triton_cases import POINTS
+
+from fastres.kernels.scale_shift_act import reference
 
 FORMATS = pytest.mark.parametrize("fmt", cases.FORMATS, ids=["contiguous", "channels_last"])
 DTYPES = pytest.mark.parametrize("dtype", TYPES, ids=["fp32", "fp16", "bf16"])
@@ -111,6 +115,35 @@ def test_exact(library, dtype, fmt):
             assert_equal(run(library, *problem, executor=next(schedules)), expected, shape)
 
 
+MATRIX = [shape for shape in POINTS if shape[0]]  # an empty map has no launch
+
+
+@pytest.mark.parametrize("index", range(len(MATRIX)), ids=[str(shape) for shape in MATRIX])
+def test_the_shapes_of_the_triton_kernels(library, ptx, index):
+    """Whole numbers bit for bit, then random ones by the rule; every kind of residual, every schedule, and nvcc's PTX."""
+    shape, fmt = MATRIX[index], cases.FORMATS[index % 2]
+    executors = (*cuda.fibers(), cuda.Ptx(ptx))
+    for n, problem in enumerate(problems(shape, tuple(TYPES)[index % 3], fmt)):
+        executor = executors[(index + n) % 5]
+        assert torch.equal(run(library, *problem[:-1], executor=executor), cases.forward(*problem[:-1]))
+        assert_equal(run(library, *problem, executor=executor), expected_grads(problem[-1], *problem[:-1]))
+    dtype, names = (
+        tuple(TYPES)[(index + 1) % 3],
+        ("grad_y", "grad_scale", "grad_shift", "grad_residual", "grad_res_scale"),
+    )
+    g = torch.Generator().manual_seed(index)
+    y, residual, grad = (torch.randn(shape, generator=g).to(dtype).contiguous(memory_format=fmt) for _ in range(3))
+    main, res = (tuple(torch.randn(shape[1], generator=g) for _ in range(3)) for _ in range(2))
+    executor, given = executors[(index + 2) % 5], (y, *main, residual, *res)
+    wide = [t.double() for t in given]
+    out = run(library, y, main, residual, res, True, executor=executor)
+    assert_parity(out, reference.forward(*given, True), reference.forward(*wide, True), "out")
+    ours = run(library, y, main, residual, res, True, grad, executor=executor)
+    peer, truth = reference.backward(grad, *given, True, True), reference.backward(grad.double(), *wide, True, True)
+    for name, other, true in zip(names, peer, truth, strict=False):
+        assert_parity(ours[name], other, true, name)
+
+
 @DTYPES
 def test_masked_gradient(library, dtype):
     """dz in place of its multiples: as the backward with scales of one."""
@@ -209,7 +242,7 @@ def test_a_removed_barrier_is_a_race(library, ptx):
     problem = next(problems((2, 24, 5, 7), torch.half, torch.channels_last, ("affine",)))
     found = 0
     for entry, end in zip(entries, ends, strict=True):
-        if not re.search("backward_rows.*Half|add_partsILi3E", entry[1]):
+        if not re.search("backward_rowsINS0_4HalfELi8ELNS0_8ResidualE2ELb0E|add_partsILi3E", entry[1]):
             continue
         for barrier in re.finditer(r"bar(rier)?\.(cta\.)?sync[^;]*;", ptx[entry.start() : end]):
             text = ptx[: entry.start() + barrier.start()] + ptx[entry.start() + barrier.end() :]
