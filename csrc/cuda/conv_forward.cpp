@@ -5,7 +5,8 @@ namespace fastres {
 
 std::string conv_refusal(Tensor x, Tensor weight, Ints stride, Ints padding, Ints dilation) {
   const Checker c{"fastres::conv_refusal_cuda", "x"};
-  const char* reason = cuda::refusal(geometry_of(c, check_conv(c, kCudaFloats, x, weight, stride, padding, dilation, 1)));
+  const ConvSizes sizes = check_conv(c, kCudaFloats, x, weight, stride, padding, dilation, 1);
+  const char* reason = cuda::input_gradient_refusal(geometry_of(c, sizes));  // the most that any of the kernels refuses
   return reason == nullptr ? "" : reason;
 }
 
