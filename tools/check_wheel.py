@@ -22,8 +22,9 @@ ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 # Every Linux has these, and torch brings its own two.
 NEEDED = {"libtorch_cpu.so", "libc10.so", "libstdc++.so.6", "libgcc_s.so.1", "libc.so.6", "libm.so.6"}
 NEEDED_PREFIXES = ("ld-linux", "libdl.so", "libpthread.so", "librt.so")
-# The C functions of LibTorch's stable interface (torch/csrc/stable/c/shim.h and torch/csrc/inductor/aoti_torch/c/shim.h).
-STABLE = re.compile(r"(aoti_torch|torch)_[a-z0-9_]+")
+# The C functions of LibTorch's stable interface: torch/csrc/stable/c/shim.h, and in torch/csrc/inductor/aoti_torch c/shim.h and
+# generated/c_shim_aten.h. A C++ name, which is mangled, begins otherwise.
+STABLE = re.compile(r"(aoti_torch|torch)_\w+")
 PYTHON = re.compile(r"_?Py[A-Z_]\w+")
 # Folders of whoever built it. Two characters at the end: four bytes of machine code may well read "/tmp".
 PRIVATE = re.compile(rb"/(?:home|root|Users|work|opt|mnt|tmp|build|builds|project|usr/local)/[\w.+-]{2,}[\w./+-]*")
