@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import random
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 from torch import nn
 
@@ -52,6 +54,8 @@ def prepare_torch(settings: Settings) -> None:
     torch.use_deterministic_algorithms(settings.deterministic)
     torch.backends.cudnn.benchmark = not settings.deterministic
     torch.manual_seed(settings.seed)
+    random.seed(settings.seed)
+    numpy.random.seed(settings.seed % 2**32)
 
 
 def build_model(settings: Settings, train_data: Loader) -> nn.Module:

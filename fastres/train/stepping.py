@@ -50,7 +50,9 @@ def parallel(model: nn.Module, settings: Settings, world: World, device: torch.d
         )  # fmt: skip
         if settings.compress:
             ddp.register_comm_hook(None, default_hooks.fp16_compress_hook)
-    return torch.compile(wrapped) if settings.compile else wrapped
+    compiled: Any = torch.compile(wrapped) if settings.compile else wrapped
+    assert isinstance(compiled, nn.Module)
+    return compiled
 
 
 def captured(run: Run, images: Tensor) -> nn.Module:
