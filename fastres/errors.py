@@ -38,3 +38,11 @@ class CheckpointError(UserError, RuntimeError):
 
 class DivergedError(UserError, RuntimeError):
     """The loss of a training run is no longer finite."""
+
+
+class RecipeError(UserError, ValueError):
+    """A recipe has an unknown key or a value that doesn't fit. The message names it and what is close to it."""
+
+
+class RankError(UserError, RuntimeError):
+    """Another process of a distributed run ended; the message holds its error."""

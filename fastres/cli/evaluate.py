@@ -43,8 +43,9 @@ def run(options: Namespace) -> int:
         raise UserError("--data is missing: digits, fashion-mnist, or a folder with val/<class>/*.jpg")
     loader = create_loader(
         data, "test", batch_size=options.batch_size, workers=options.workers, device=device,
-        image_size=options.image_size or trained.get("image_size"), on_bad_image=options.on_bad_image,
-        normalize=trained.get("normalize", options.normalize), limit=options.limit,
+        image_size=options.image_size or trained.get("test_image_size") or trained.get("image_size"),
+        on_bad_image=options.on_bad_image,
+        normalize=trained.get("normalize") or options.normalize or "channel", limit=options.limit,
         data_dir=options.data_dir or trained.get("data_dir"),
     )  # fmt: skip
     if "classes" in saved and saved["classes"] != loader.classes:

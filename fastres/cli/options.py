@@ -22,16 +22,21 @@ def add_data(parser: ArgumentParser, default: str | None) -> None:
         "--on-bad-image", type=Literal["stop", "skip"], default="stop", help="what a file that can't be decoded does"
     )
     parser.add_argument(
-        "--normalize", type=Literal["channel", "pixel"], default="channel",
-        help="subtract the mean of a channel or, as the ResNet paper on CIFAR, the mean image",
+        "--normalize", type=Literal["channel", "pixel"] | None, default=None,
+        help="subtract the mean of a channel (default) or, as the ResNet paper on CIFAR, the mean image",
     )  # fmt: skip
     parser.add_argument("--limit", type=PositiveInt, default=None, help="use only this many images of each split")
 
 
-def add_machine(parser: ArgumentParser, dtype: Dtype | None = "fp32") -> None:
-    """Where and how exactly to compute. ``dtype`` None: the subcommand decides where the user does not."""
-    kind = Dtype if dtype is not None else Dtype | None
-    parser.add_argument("--dtype", type=kind, default=dtype, help="bf16 computes under autocast (fp32)")
+def add_machine(parser: ArgumentParser, dtype: Dtype | None = "fp32", half: bool = False) -> None:
+    """Where and how exactly to compute. ``dtype`` None: the subcommand decides where the user does not. ``half``: it may be
+    fp16 as well."""
+    kind: Any = Dtype if dtype is not None else Dtype | None
+    kind = Literal["fp32", "bf16", "fp16"] if half else kind
+    text = (
+        "bf16 and fp16 compute under autocast, fp16 with scaled gradients" if half else "bf16 computes under autocast"
+    )
+    parser.add_argument("--dtype", type=kind, default=dtype, help=f"{text} (fp32)")
     parser.add_argument("--threads", type=PositiveInt, default=None, help="CPU threads for computing (torch's choice)")
     parser.add_argument("--device", type=str, default="auto", help="auto (a GPU if there is one), cpu or cuda")
 

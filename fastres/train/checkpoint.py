@@ -44,8 +44,18 @@ def save_checkpoint(state: dict[str, Any], *paths: Path) -> None:
     """Write ``state`` (tensors and plain Python values) to each path."""
     buffer = io.BytesIO()
     torch.save({"format": FORMAT, "versions": versions(), **state}, buffer)
-    for path in paths:
-        write_atomically(path, buffer.getvalue())
+    first, *others = paths
+    write_atomically(first, buffer.getvalue())
+    for path in others:
+        # Checkpoints are replaced, never changed, so that one file may have several names.
+        link = path.with_name(f".{path.name}.{os.getpid()}.part")
+        try:
+            link.unlink(missing_ok=True)
+            os.link(first, link)
+            os.replace(link, path)
+        except OSError:
+            link.unlink(missing_ok=True)  # a file system without hard links
+            write_atomically(path, buffer.getvalue())
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -70,7 +80,10 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(f"checkpoint {path} is damaged or not a checkpoint: {reason}") from error
     if not isinstance(state, dict) or state.get("format") != FORMAT or "config" not in state:
-        raise CheckpointError(f"{path} is not a fastres checkpoint of format {FORMAT}")
+        held = ""
+        if isinstance(state, dict) and "format" in state and isinstance(state.get("versions"), dict):
+            held = f": it has format {state['format']}, written by fastres {state['versions'].get('fastres')}"
+        raise CheckpointError(f"{path} is not a fastres checkpoint of format {FORMAT}{held}")
     return state
 
 
@@ -89,6 +102,21 @@ def check_config(saved: dict[str, Any], wanted: dict[str, Any], path: str | Path
         )
 
 
+def check_classes(saved: list[str] | None, now: list[str], path: str | Path) -> None:
+    """Refuse a checkpoint whose outputs mean other classes: as many outputs load without a word.
+
+    Raises:
+        CheckpointError: the lists differ; the message shows where.
+    """
+    if saved is None or saved == now:
+        return
+    at = next((i for i, (a, b) in enumerate(zip(saved, now, strict=False)) if a != b), min(len(saved), len(now)))
+    show = [repr(names[at]) if at < len(names) else "nothing" for names in (saved, now)]
+    raise CheckpointError(
+        f"checkpoint {path} is of other classes: {len(saved)} saved, {len(now)} now; class {at} was {show[0]}, is {show[1]}"
+    )
+
+
 def versions() -> dict[str, str]:
     """Versions of what made a result."""
     from importlib.metadata import PackageNotFoundError, version
@@ -104,12 +132,19 @@ def versions() -> dict[str, str]:
 
 def random_state() -> dict[str, Any]:
     """The state of every global random number generator that a training step may use."""
+    import numpy
+
     kind, numbers, gauss = random.getstate()
+    state: Any = numpy.random.get_state(legacy=False)
     return {
         "python": [kind, list(numbers), gauss],
+        "numpy": {
+            "keys": torch.from_numpy(state["state"]["key"].astype("int64")), "position": int(state["state"]["pos"]),
+            "has_gauss": int(state["has_gauss"]), "gauss": float(state["gauss"]),
+        },
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-    }
+    }  # fmt: skip
 
 
 def set_random_state(state: dict[str, Any]) -> None:
@@ -117,5 +152,11 @@ def set_random_state(state: dict[str, Any]) -> None:
     kind, numbers, gauss = state["python"]
     random.setstate((kind, tuple(numbers), gauss))
     torch.set_rng_state(state["torch"])
+    if "numpy" in state:
+        import numpy
+
+        saved = state["numpy"]
+        keys = saved["keys"].numpy().astype("uint32")
+        numpy.random.set_state(("MT19937", keys, saved["position"], saved["has_gauss"], saved["gauss"]))
     if state["cuda"] and len(state["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(state["cuda"])

@@ -62,6 +62,16 @@ class PlainReporter:
         pass
 
 
+class Quiet:
+    """Shows nothing: for every process of a distributed run but the first."""
+
+    def message(self, text: str) -> None: ...
+    def begin_epoch(self, epoch: int, epochs: int, batches: int, done: int) -> None: ...
+    def step(self, done: int, loss: float, accuracy: float, images_per_s: float, data_wait: float) -> None: ...
+    def end_epoch(self, row: Row, epochs: int, best: bool) -> None: ...
+    def close(self) -> None: ...
+
+
 class BarReporter:
     """A live bar of the current epoch above the lines of the finished ones."""
 

@@ -3,53 +3,55 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from fastres.errors import UserError
+from fastres.train.recipes import DEFAULTS, RECIPES, Recipe, open_recipe, recipe_for
 
-@dataclass(frozen=True)
-class Recipe:
-    """Defaults that suit one kind of data."""
-
-    epochs: int
-    batch_size: int
-    lr: float
-    schedule: Literal["step", "cosine", "constant"]
-    warmup: float  # epochs
-    weight_decay: float = 1e-4
-    milestones: tuple[float, ...] = (0.5, 0.75)
-
-
-RECIPES = {
-    "digits": Recipe(epochs=10, batch_size=64, lr=0.1, schedule="cosine", warmup=1.0, weight_decay=5e-4),
-    "fashion-mnist": Recipe(epochs=4, batch_size=128, lr=0.2, schedule="cosine", warmup=0.5, weight_decay=5e-4),
-    # A folder of images: the ResNet paper on ImageNet, with the steps that were used in practice.
-    "folder": Recipe(epochs=90, batch_size=256, lr=0.1, schedule="step", warmup=0.0, milestones=(1 / 3, 2 / 3)),
-}
-
-
-def recipe_for(data: str) -> Recipe:
-    """The recipe of a named data set, or that of folders."""
-    return RECIPES.get(data, RECIPES["folder"])
+__all__ = ["RECIPES", "Recipe", "Settings", "recipe_for"]
 
 
 @dataclass
 class Settings:
-    """One training run. What is ``None`` comes from the recipe of the data, or from the data themselves."""
+    """One training run. What is ``None`` comes from the recipe, from :data:`fastres.train.recipes.DEFAULTS`, or from the
+    data themselves. :data:`fastres.train.recipes.KEYS` says what each key of a recipe means."""
 
     model: str
     data: str = "digits"
+    recipe: str | None = None  # a name of fastres/train/recipes, or a YAML file; otherwise by the data
     out: str | None = None  # runs/<model>-<data>
     epochs: int | None = None
-    batch_size: int | None = None
+    iterations: int | None = None  # ends the run there, also within an epoch
+    batch_size: int | None = None  # of all processes together
+    optimizer: Literal["sgd", "lars", "lamb", "adamw"] | None = None
     lr: float | None = None
-    momentum: float = 0.9
+    momentum: float | None = None
+    nesterov: bool | None = None
     weight_decay: float | None = None
-    decay_all: bool = False  # decay biases and BatchNorm's parameters too, as fb.resnet.torch does
+    decay_all: bool | None = None  # decay biases and BatchNorm's parameters too, as fb.resnet.torch does
     schedule: Literal["step", "cosine", "constant"] | None = None
-    milestones: list[float] | None = None  # fractions of the run after which "step" divides the rate by 10
+    milestones: list[float] | None = None
+    milestones_in: Literal["share", "epochs", "iterations"] | None = None
+    gamma: float | None = None
     warmup: float | None = None  # epochs
-    dtype: Literal["fp32", "bf16"] = "fp32"
+    warmup_iterations: int | None = None
+    warmup_factor: float | None = None
+    warmup_constant: bool | None = None
+    label_smoothing: float | None = None
+    mixup: float | None = None
+    cutmix: float | None = None
+    ema: float | None = None
+    ema_every: int | None = None
+    progressive: list[float] | None = None
+    test_image_size: int | None = None
+    color_jitter: float | None = None
+    pca_noise: float | None = None
+    auto_augment: Literal["none", "randaugment", "trivialaugment"] | None = None
+    random_erasing: float | None = None
+    crop: Literal["resized", "scale"] | None = None
+    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
     seed: int = 0
     fused: bool = True
     memory: Literal["default", "recompute"] = "default"
@@ -63,20 +65,76 @@ class Settings:
     data_dir: str | None = None
     image_size: int | None = None
     augment: bool = True
-    normalize: Literal["channel", "pixel"] = "channel"
+    normalize: Literal["channel", "pixel"] | None = None
     on_bad_image: Literal["stop", "skip"] = "stop"
     limit: int | None = None
+    accumulate: int = 1  # parts of a batch that are computed one after another
+    save_every: int = 0  # iterations; 0 saves after each epoch only
+    keep: int = 1  # newest checkpoints kept; more than 1 keeps numbered ones beside checkpoint-last.pt
+    async_save: bool = True  # write checkpoints in a thread
+    compile: bool = False
+    cuda_graphs: bool = False
+    channels_last: bool = True
+    sync_bn: bool = False
+    zero: bool = False
+    compress: bool = False
+    reshard: bool = False  # continue with another number of processes than the checkpoint's
 
     def resolved(self) -> Settings:
-        """A copy in which the recipe's values have replaced each ``None`` that a recipe knows."""
-        recipe = recipe_for(self.data)
+        """A copy in which the recipe's values, then the general ones, have replaced each ``None`` that they know.
+
+        Raises:
+            RecipeError: there is no such recipe, or it is not valid. UserError: values that exclude each other.
+        """
+        recipe = open_recipe(self.recipe) if self.recipe else recipe_for(self.data)
+        known = {**DEFAULTS, **recipe.values}
+        if self.epochs is not None or self.iterations is not None:
+            # The length that is given replaces the recipe's, whatever it is counted in.
+            whole = {name: known.pop(name, None) for name in ("epochs", "iterations")}
+            counted = whole.get(known["milestones_in"])
+            if counted:
+                # Another length keeps the shape of the schedule.
+                known |= {"milestones": [each / counted for each in known["milestones"]], "milestones_in": "share"}
+        for given, other in (("warmup", "warmup_iterations"), ("warmup_iterations", "warmup")):
+            if getattr(self, given) is not None:
+                known.pop(other, None)
+        if self.milestones is not None and self.milestones_in is None:
+            known["milestones_in"] = "share"
         values: dict[str, Any] = {
-            field.name: getattr(recipe, field.name)
-            for field in dataclasses.fields(recipe)
-            if getattr(self, field.name) is None
+            name: list(value) if isinstance(value, (list, tuple)) else value
+            for name, value in known.items()
+            if getattr(self, name) is None
         }
-        if "milestones" in values:
-            values["milestones"] = list(values["milestones"])
         if self.out is None:
             values["out"] = f"runs/{self.model}-{self.data.rstrip('/').rsplit('/', 1)[-1]}"
-        return dataclasses.replace(self, **values)
+        made = dataclasses.replace(self, **values)
+        made.check()
+        return made
+
+    def check(self) -> None:
+        """Refuse values that exclude each other or make no sense.
+
+        Raises:
+            UserError: says which, and what was expected.
+        """
+        if self.epochs is not None and self.iterations is not None:
+            raise UserError(f"epochs ({self.epochs}) and iterations ({self.iterations}) are both given; give one")
+        for name in ("accumulate", "keep"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.progressive is not None and len(self.progressive) != 4:
+            raise UserError(f"progressive must be [low, high, begin, end], got {self.progressive}")
+        if self.compile and self.cuda_graphs:
+            raise UserError("compile and cuda_graphs exclude each other: torch.compile captures graphs of its own")
+        if self.zero and self.optimizer == "lars":
+            raise UserError("zero is for sgd, lamb and adamw; timm's lars was not tried with it")
+
+    def image_size_at(self, epoch: int, epochs: int) -> int | None:
+        """The side of training images in an epoch, counted from 0: ``progressive`` grows from low to high, in multiples
+        of 32, between the shares begin and end of the run."""
+        if self.progressive is None:
+            return self.image_size
+        low, high, begin, end = self.progressive
+        share = (epoch / max(1, epochs) - begin) / max(1e-9, end - begin)
+        size = low + (high - low) * min(1.0, max(0.0, share))
+        return int(min(high, math.floor(size / 32 + 0.5) * 32)) if low < size < high else int(size)
