@@ -78,7 +78,7 @@ def dali_alone(folder: Path) -> Callable[[], int]:
 
     def run() -> int:
         for _ in range(steps):
-            images, labels = built.run()
+            images, _ = built.run()
             torch.from_dlpack(images.as_tensor()).clone()
         return steps * BATCH
 
@@ -159,7 +159,9 @@ def report(folder: Path, options: argparse.Namespace) -> None:
     for name, values in rates.items():
         ratio = statistics.median(a / b for a, b in zip(first, values, strict=True))
         median = statistics.median(values)
-        print(f"{name:32s} {median:7.0f} images/s ({min(values):.0f} to {max(values):.0f}); fastres is {ratio:.2f} times")
+        print(
+            f"{name:32s} {median:7.0f} images/s ({min(values):.0f} to {max(values):.0f}); fastres is {ratio:.2f} times"
+        )
         rows.append({
             "suite": "data", "case": "short side 256" if options.resized else "500x375", "contender": name,
             "images_per_s": median, "ratio": ratio, "rounds": len(values),

@@ -68,19 +68,20 @@ def _windows(feed: Feed) -> Any:
 
 @pipeline_def
 def _everything(feed: Feed, on_gpu: bool, two_passes: bool, cut: bool, half: bool, channels: int, cubic: bool) -> Any:
-    fed: tuple[Any, ...] = _decoded(feed, 8, decoder_options(on_gpu))
-    pixels, first, resized, offset, size, mirror = fed
+    # Only what the graph uses is fed: bytes, window (2), size, mirror, then size between passes, offset and cut.
+    fed: tuple[Any, ...] = _decoded(feed, 5 + two_passes + 2 * cut, decoder_options(on_gpu))
+    pixels, resized, mirror, *rest = fed
     kind = DALIInterpType.INTERP_CUBIC if cubic else DALIInterpType.INTERP_LINEAR
     how: dict[str, Any] = {"interp_type": kind, "antialias": True}
     if two_passes:  # rows first, rounded to uint8 in between, as PIL does
-        pixels = fn.resize(pixels, size=first, **how)
-    pixels = fn.resize(pixels, size=resized, **how)
+        pixels = fn.resize(pixels, size=rest.pop(0), **how)
+    whole: Any = fn.resize(pixels, size=resized, **how)
     if cut:
-        pixels = fn.slice(pixels, offset, size, axes=[0, 1], normalized_anchor=False, normalized_shape=False)
+        whole = fn.slice(whole, *rest, axes=[0, 1], normalized_anchor=False, normalized_shape=False)
     if not half:
-        return fn.flip(pixels, horizontal=mirror)
+        return fn.flip(whole, horizontal=mirror)
     return fn.crop_mirror_normalize(
-        pixels, mirror=mirror, mean=[255 * v for v in MEAN], std=[255 * v for v in STD], dtype=DALIDataType.FLOAT16,
+        whole, mirror=mirror, mean=[255 * v for v in MEAN], std=[255 * v for v in STD], dtype=DALIDataType.FLOAT16,
         output_layout="HWC", pad_output=channels == 4,
     )  # fmt: skip
 
@@ -209,10 +210,12 @@ class DaliEngine(_Pipelined):
 
     def _inputs(self, job: Job) -> list[Any]:
         windows, resized, offsets, mirrors = job.geometry
-        first = np.stack([windows[:, 2], resized[:, 1]], 1)
-        size = np.full_like(offsets, job.image_size)
-        parts = (windows[:, :2], windows[:, 2:], first, resized, offsets, size)
-        return [job.contents, *map(_rows, parts), _rows(mirrors[:, None])]
+        parts = [windows[:, :2], windows[:, 2:], resized, mirrors[:, None]]
+        if self._settings.preset == "parity":
+            parts.append(np.stack([windows[:, 2], resized[:, 1]], 1))
+        if self._settings.centered:
+            parts += [offsets, np.full_like(offsets, job.image_size)]
+        return [job.contents, *map(_rows, parts)]
 
     def _take(self, outputs: Any, job: Job, pool: ThreadPoolExecutor) -> Tensor:
         # DALI reuses the buffer for a later batch, hence the copy.

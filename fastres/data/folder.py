@@ -51,7 +51,7 @@ class ImageLoader:
     """
 
     def __init__(self, source: Source, options: ImageOptions, backend: str, exclude: frozenset[str] = frozenset()):
-        self._source, self._options = source, options
+        self.source, self.options = source, options
         self._engine = choose_engine(backend, options.settings)
         self._sizes = np.zeros((len(source), 2), np.int32)  # known ones are not looked up again
         self.set_image_size(options.image_size)
@@ -76,18 +76,18 @@ class ImageLoader:
     @property
     def samples(self) -> int:
         """Images that an epoch delivers to all processes, without those found bad so far."""
-        return len(self._source) - len(self._excluded) - len(self.bad)
+        return len(self.source) - len(self._excluded) - len(self.bad)
 
     def _plan(self, count: int) -> Plan:
-        options = self._options
+        options = self.options
         return Plan(count, options.settings.batch_size, options.rank, options.world_size, options.drop_last)
 
     def __len__(self) -> int:
-        return len(self._plan(len(self._source) - len(self._excluded) - len(self._next_left_out())))
+        return len(self._plan(len(self.source) - len(self._excluded) - len(self._next_left_out())))
 
     def _next_left_out(self) -> frozenset[str]:
         # Processes must agree on the order, and each knows only the bad images that it saw itself.
-        return frozenset(self.bad) if self._options.world_size == 1 else self._left_out
+        return frozenset(self.bad) if self.options.world_size == 1 else self._left_out
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch, from 0, that the next iteration delivers from its start."""
@@ -100,7 +100,7 @@ class ImageLoader:
         if image_size < 1:
             raise UserError(f"image_size must be at least 1, got {image_size}")
         self._image_size = image_size
-        self.input_shape = (self._options.settings.channels, image_size, image_size)
+        self.input_shape = (self.options.settings.channels, image_size, image_size)
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -123,7 +123,7 @@ class ImageLoader:
         self._start = self._done = state["batches"]
 
     def _order(self) -> np.ndarray:
-        count, options = len(self._source), self._options
+        count, options = len(self.source), self.options
         order = (
             torch.randperm(count, generator=epoch_generator(options.seed, self._epoch)).numpy()
             if options.shuffle
@@ -132,14 +132,14 @@ class ImageLoader:
         absent = self._left_out | self._excluded
         if absent:
             # Permuting all and then leaving some out keeps the others' order whichever turns out to be bad.
-            keep = np.array([self._source.name(i) not in absent for i in range(count)])
+            keep = np.array([self.source.name(i) not in absent for i in range(count)])
             order = order[keep[order]]
         return order
 
     def _read(self, sample: int) -> tuple[np.ndarray | None, tuple[int, int], str]:
         """Bytes, height and width; or why not."""
         try:
-            content = self._source.read(sample)
+            content = self.source.read(sample)
             if self._sizes[sample, 0]:
                 return content, (0, 0), ""
             # Where the header can't be understood a decoder says what is wrong, or what the size is.
@@ -152,7 +152,7 @@ class ImageLoader:
 
     def _jobs(self, order: np.ndarray, plan: Plan, begin: int, unreadable: dict[int, dict[str, str]]) -> Iterator[Job]:
         """Read the epoch's batches; what can't be read goes to ``unreadable`` by batch and name."""
-        options, name = self._options, self._source.name
+        options, name = self.options, self.source.name
         with ThreadPoolExecutor(READERS, "fastres-read") as pool:
             for number in range(begin, len(plan)):
                 wanted = order[plan[number]].tolist()
@@ -176,7 +176,7 @@ class ImageLoader:
 
     def _batches(self, begin: int) -> Generator[tuple[int, Done | None, dict[str, str]], None, None]:
         """Decoded batches with their numbers, and the bad images that were met up to there, by name."""
-        order, plan = self._order(), self._plan(len(self._source) - len(self._excluded) - len(self._left_out))
+        order, plan = self._order(), self._plan(len(self.source) - len(self._excluded) - len(self._left_out))
         unreadable: dict[int, dict[str, str]] = {}
         for done in self._engine.run(self._jobs(order, plan, begin, unreadable)):
             number = done.job.number
@@ -184,12 +184,12 @@ class ImageLoader:
             for earlier in sorted(n for n in unreadable if n <= number):
                 bad |= unreadable.pop(earlier)
             for position, reason in done.failures.items():
-                bad[self._source.name(int(done.job.samples[position]))] = reason
+                bad[self.source.name(int(done.job.samples[position]))] = reason
             yield number, done, bad
         yield len(plan) - 1, None, {name: reason for bad in unreadable.values() for name, reason in bad.items()}
 
     def _report(self, found: dict[str, str]) -> None:
-        if not self._options.skip:
+        if not self.options.skip:
             path, reason = next(iter(found.items()))
             others = f" (and {len(found) - 1} more in the same batch)" if len(found) > 1 else ""
             raise DataError(
@@ -200,10 +200,10 @@ class ImageLoader:
             self.bad[path] = reason
             log.warning("left out %s: %s (%d bad images so far)", path, reason, len(self.bad))
         if not self.samples:
-            raise DataError(f"none of the {len(self._source)} images in {self._source.place} can be decoded")
+            raise DataError(f"none of the {len(self.source)} images in {self.source.place} can be decoded")
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        options, settings = self._options, self._options.settings
+        options, settings = self.options, self.options.settings
         begin, self._start = self._start, 0
         self._done, self._known = begin, len(self.bad)
         for number, done, bad in read_ahead(self._batches(begin), READ_AHEAD):
@@ -214,7 +214,7 @@ class ImageLoader:
                     raise DataError(f"no image of batch {number} can be decoded; the other processes would wait for it")
                 continue
             samples = np.delete(done.job.samples, list(done.failures))
-            labels = torch.tensor([self._source.labels[sample] for sample in samples.tolist()])
+            labels = torch.tensor([self.source.labels[sample] for sample in samples.tolist()])
             images = done.images.to(settings.device, non_blocking=True)
             if options.augmentation is not None:
                 images = options.augmentation.pixels(images, samples, options.seed, self._epoch)
