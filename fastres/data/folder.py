@@ -232,7 +232,7 @@ def _describe(options: ImageOptions) -> str:
     crops, size = options.crops, options.image_size
     if crops.kind == "center":
         return f"centre crop {size}"
-    kind = "random crop resized to" if crops.kind == "area" else "scale augmentation, random crop of"
+    kind = "random crop resized to" if crops.kind == "resized" else "scale augmentation, random crop of"
     more = f", {options.augmentation.describe()}" if options.augmentation is not None else ""
     return f"{kind} {size}{', mirror' if crops.mirror else ''}{more}"
 

@@ -15,7 +15,7 @@ import numpy as np
 from fastres.data.sampling import uniforms
 from fastres.errors import UserError
 
-Crop = Literal["center", "area", "scale"]
+Crop = Literal["center", "resized", "scale"]
 ATTEMPTS = 10  # of a random crop, as in torchvision and fb.resnet.torch
 DRAWS = 4 * ATTEMPTS + 1
 SHORT_SIDES = (256 / 224, 480 / 224)  # of the papers' scale augmentation, for an image size of 1
@@ -25,14 +25,14 @@ SHORT_SIDES = (256 / 224, 480 / 224)  # of the papers' scale augmentation, for a
 class Crops:
     """Which part of an image becomes a sample.
 
-    ``kind`` is ``"area"``: a window of a random share of the area and a random ratio (GoogLeNet's, torchvision's
+    ``kind`` is ``"resized"``: a window of a random share of the area and a random ratio (GoogLeNet's, torchvision's
     RandomResizedCrop, fb.resnet.torch); ``"scale"``: a random square from the image whose short side was resized to a
     random length of 256 to 480 for 224 (ResNet paper, section 3.4, after VGG); ``"center"``: the centre of the image
     whose short side was resized to ``image_size / fraction``. The first two mirror half of the images if ``mirror``.
     Interpolation is antialiased.
     """
 
-    kind: Crop = "area"
+    kind: Crop = "resized"
     area: tuple[float, float] = (0.08, 1.0)
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     fraction: float = 0.875
@@ -40,8 +40,8 @@ class Crops:
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"
 
     def __post_init__(self) -> None:
-        if self.kind not in ("area", "scale", "center"):
-            raise UserError(f"crops are of the kind area, scale or center, got {self.kind!r}")
+        if self.kind not in ("resized", "scale", "center"):
+            raise UserError(f"crops are of the kind resized, scale or center, got {self.kind!r}")
         if not (0 < self.area[0] <= self.area[1] <= 1 and 0 < self.ratio[0] <= self.ratio[1]):
             raise UserError(f"expected 0 < area <= 1 and ratio > 0, lower bound first, got {self.area}, {self.ratio}")
         if not 0 < self.fraction <= 1:
@@ -73,7 +73,7 @@ def place(crops: Crops, sizes: np.ndarray, samples: np.ndarray, image_size: int,
         return Geometry(windows, resized, offsets, np.zeros(count, np.int32))
     draws = uniforms(seed, epoch, samples, DRAWS, "crop")
     attempts = draws[:, :-1].reshape(count, ATTEMPTS, 4)
-    if crops.kind == "area":
+    if crops.kind == "resized":
         windows = random_windows(sizes, attempts, crops.area, crops.ratio)
     else:
         windows = scaled_windows(sizes, attempts[:, 0], image_size)

@@ -12,9 +12,7 @@ from torch import Tensor
 from fastres.errors import DataError, UserError
 
 if TYPE_CHECKING:
-    from fastres.data.augment import Augmentation
     from fastres.data.engine import Backend, Output, Preset
-    from fastres.data.geometry import Crops
     from fastres.data.memory import Arrays
 
 Split = Literal["train", "test"]
@@ -78,8 +76,14 @@ def create_loader(
     output: Output = "float32",
     channels: Literal[3, 4] = 3,
     preset: Preset = "fast",
-    crops: Crops | None = None,
-    augmentation: Augmentation | None = None,
+    crop: Literal["resized", "scale"] = "resized",
+    crop_area: tuple[float, float] = (0.08, 1.0),
+    crop_fraction: float = 0.875,
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear",
+    color_jitter: float = 0.0,
+    pca_noise: float = 0.0,
+    auto_augment: Literal["none", "randaugment", "trivialaugment"] = "none",
+    random_erasing: float = 0.0,
     exclude: str | Path | None = None,
 ) -> Loader:
     """Open a data set.
@@ -110,9 +114,16 @@ def create_loader(
         channels: 4 appends a channel of zeros to red, green and blue (images only).
         preset: ``"parity"`` resizes in two passes where DALI does it alone, and evaluates on the CPU; ``"fast"``
             resizes in one.
-        crops: which part of an image is taken in training (images only).
-        augmentation: what else is done to training images (images only).
-        exclude: a list of images to leave out, as ``fastres data check`` writes it (images only).
+        crop: training windows of a random area and ratio, or the papers' scale augmentation; see
+            :class:`fastres.data.geometry.Crops`. This and all that follows is for images only.
+        crop_area: bounds of the share of the area that ``"resized"`` takes.
+        crop_fraction: in evaluation, the image size as a share of the short side before the centre is cut out.
+        interpolation: of resizing, antialiased.
+        color_jitter: of brightness, contrast and saturation; see :class:`fastres.data.augment.Augmentation`.
+        pca_noise: standard deviation of AlexNet's colour noise.
+        auto_augment: one of torchvision's automatic augmentations.
+        random_erasing: probability of an erased rectangle.
+        exclude: a list of images to leave out, as ``fastres data check`` writes it.
 
     Raises:
         DataError: the data are missing, incomplete or damaged.
@@ -125,9 +136,11 @@ def create_loader(
     device = torch.device(device)
     name = str(data)
     if name in DATASETS:
-        if output != "float32" or channels != 3 or crops or augmentation or exclude:
+        other = (output, channels, crop, interpolation, color_jitter, pca_noise, auto_augment, random_erasing, exclude)
+        if other != ("float32", 3, "resized", "bilinear", 0, 0, "none", 0, None):
             raise UserError(
-                f"output, channels, crops, augmentation and exclude are for images in files, not for {name}"
+                "output, channels, crop, interpolation, color_jitter, pca_noise, auto_augment, random_erasing and "
+                f"exclude are for images in files, not for {name}"
             )
         from fastres.data.memory import MemoryLoader
 
@@ -138,12 +151,14 @@ def create_loader(
         )  # fmt: skip
     if normalize != "channel" or limit is not None:
         raise UserError("normalize='pixel' and limit are for the named data sets, not for a folder of images")
+    from fastres.data.augment import Augmentation
     from fastres.data.engine import Settings
     from fastres.data.folder import ImageLoader, ImageOptions
     from fastres.data.geometry import Crops
     from fastres.data.scan import open_source, read_exclusions
 
-    crops = (crops or Crops()) if augment else Crops(kind="center", fraction=crops.fraction if crops else 0.875)
+    crops = Crops(crop if augment else "center", area=crop_area, fraction=crop_fraction, interpolation=interpolation)
+    augmentation = Augmentation(color_jitter, pca_noise, auto_augment, random_erasing)
     settings = Settings(
         batch_size=batch_size, workers=workers, device=device, preset=preset, output=output, channels=channels,
         on_device=augment, interpolation=crops.interpolation, centered=crops.kind == "center",
@@ -151,7 +166,7 @@ def create_loader(
     source = open_source(name, split)
     options = ImageOptions(
         settings, crops, image_size or 224, seed, split == "train", drop_last, on_bad_image == "skip", rank,
-        world_size, augmentation if augment else None,
+        world_size, augmentation if augment and augmentation != Augmentation() else None,
     )  # fmt: skip
     return ImageLoader(source, options, backend, read_exclusions(exclude, source))
 
