@@ -8,6 +8,7 @@ antialiased uint8 resize is several times as fast as DALI's there, and agrees wi
 from __future__ import annotations
 
 import itertools
+import logging
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +25,8 @@ from torch import Tensor
 from fastres.data.engine import Done, Job, Settings, decode_job, empty_batch, resize_into
 from fastres.data.normalize import MEAN, STD, normalize
 
+log = logging.getLogger("fastres.data")
+BYTES, WHOLE, REAL = DALIDataType.UINT8, DALIDataType.INT32, DALIDataType.FLOAT
 Feed = Callable[[], list[Any]]
 QUEUE_DEPTH = 2  # batches that DALI works on at a time
 # Of a large ImageNet photograph: buffers are allocated once instead of growing, which would make a GPU wait.
@@ -48,9 +51,10 @@ def decoder_options(on_gpu: bool) -> dict[str, Any]:
     return options
 
 
-def _decoded(feed: Feed, outputs: int, options: dict[str, Any]) -> tuple[Any, ...]:
+def _decoded(feed: Feed, more: list[Any], options: dict[str, Any]) -> tuple[Any, ...]:
     """The windows' pixels, and the rest of what is fed."""
-    types = [DALIDataType.UINT8] + [DALIDataType.INT32] * (outputs - 1)
+    types = [BYTES, WHOLE, WHOLE, *more]
+    outputs = len(types)
     fed = fn.external_source(
         source=feed, num_outputs=outputs, batch=True, dtype=types, ndim=[1] * outputs, no_copy=True, device="cpu"
     )
@@ -63,13 +67,14 @@ def _decoded(feed: Feed, outputs: int, options: dict[str, Any]) -> tuple[Any, ..
 
 @pipeline_def
 def _windows(feed: Feed) -> Any:
-    return _decoded(feed, 3, decoder_options(False))[0]
+    return _decoded(feed, [], decoder_options(False))[0]
 
 
 @pipeline_def
 def _everything(feed: Feed, on_gpu: bool, two_passes: bool, cut: bool, half: bool, channels: int, cubic: bool) -> Any:
-    # Only what the graph uses is fed: bytes, window (2), size, mirror, then size between passes, offset and cut.
-    fed: tuple[Any, ...] = _decoded(feed, 5 + two_passes + 2 * cut, decoder_options(on_gpu))
+    # Only what the graph uses is fed: size, mirror, size between two passes, where to cut and how much.
+    types = [REAL, WHOLE] + [REAL] * two_passes + [WHOLE, WHOLE] * cut
+    fed: tuple[Any, ...] = _decoded(feed, types, decoder_options(on_gpu))
     pixels, resized, mirror, *rest = fed
     kind = DALIInterpType.INTERP_CUBIC if cubic else DALIInterpType.INTERP_LINEAR
     how: dict[str, Any] = {"interp_type": kind, "antialias": True}
@@ -92,6 +97,7 @@ class _Pipelined:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._pipeline: Any = None
+        self._error: Exception | None = None
         self._source: Iterator[Job] = iter(())
         self._flying: deque[Job] = deque()
 
@@ -105,7 +111,13 @@ class _Pipelined:
         raise NotImplementedError
 
     def _feed(self) -> list[Any]:
-        job = next(self._source)
+        try:
+            job = next(self._source)
+        except StopIteration:
+            raise
+        except Exception as error:  # raised behind the batches before it, and not through DALI
+            self._error = error
+            raise StopIteration from error
         self._flying.append(job)  # also keeps the bytes alive, which DALI does not copy
         return self._inputs(job)
 
@@ -123,6 +135,7 @@ class _Pipelined:
         if self._pipeline is None or self._flying:  # the latter: an epoch was left before its end
             self._flying.clear()
             self._pipeline = self._build()
+        self._error = None
         self._source = itertools.chain([first], jobs)
         with ThreadPoolExecutor(max(1, self._settings.workers)) as pool:
             while True:
@@ -132,16 +145,20 @@ class _Pipelined:
                     images = self._take(outputs, job, pool)
                 except StopIteration:
                     self._pipeline.reset()
+                    if self._error is not None:
+                        raise self._error from None
                     return
-                except RuntimeError:
+                except RuntimeError as error:
                     # DALI's pipeline is of no use after an error, and names the file in some cases only. torchvision
                     # decodes what was under way: it says what is wrong with which image, and delivers the others.
                     waiting, self._flying = list(self._flying), deque()
                     self._pipeline = None
-                    if not waiting:
+                    if not waiting or "decoders" not in str(error):  # the operator's name: no file is to blame
                         raise
-                    for job in waiting:
-                        yield self._moved(decode_job(job, pool, self._settings))
+                    answers = [decode_job(job, pool, self._settings) for job in waiting]
+                    if not any(done.failures for done in answers):
+                        log.warning("torchvision decodes what DALI can't (%s)", _cause(error))
+                    yield from map(self._moved, answers)
                     self._pipeline = self._build()
                     continue
                 self._flying.popleft()
@@ -149,6 +166,11 @@ class _Pipelined:
 
     def _moved(self, done: Done) -> Done:
         return done
+
+
+def _cause(error: RuntimeError) -> str:
+    lines = [line.strip() for line in str(error).partition("encountered:")[2].splitlines() if line.strip()]
+    return lines[0] if lines else str(error)
 
 
 def _rows(values: np.ndarray) -> list[np.ndarray]:
@@ -210,9 +232,10 @@ class DaliEngine(_Pipelined):
 
     def _inputs(self, job: Job) -> list[Any]:
         windows, resized, offsets, mirrors = job.geometry
-        parts = [windows[:, :2], windows[:, 2:], resized, mirrors[:, None]]
+        real = np.float32
+        parts = [windows[:, :2], windows[:, 2:], resized.astype(real), mirrors[:, None]]
         if self._settings.preset == "parity":
-            parts.append(np.stack([windows[:, 2], resized[:, 1]], 1))
+            parts.append(np.stack([windows[:, 2], resized[:, 1]], 1).astype(real))
         if self._settings.centered:
             parts += [offsets, np.full_like(offsets, job.image_size)]
         return [job.contents, *map(_rows, parts)]

@@ -168,6 +168,8 @@ class ImageLoader:
                     contents.append(content)
                     left.append(sample)
                 unreadable[number] = failed
+                if not left and options.world_size > 1 and options.skip:
+                    raise DataError(f"no image of batch {number} can be decoded; the other processes would wait for it")
                 if left:
                     samples = np.array(left, np.int64)
                     sizes = self._sizes[samples]

@@ -136,7 +136,9 @@ def create_loader(
     device = torch.device(device)
     name = str(data)
     if name in DATASETS:
-        other = (output, channels, crop, interpolation, color_jitter, pca_noise, auto_augment, random_erasing, exclude)
+        other: tuple[Any, ...] = (
+            output, channels, crop, interpolation, color_jitter, pca_noise, auto_augment, random_erasing, exclude,
+        )  # fmt: skip
         if other != ("float32", 3, "resized", "bilinear", 0, 0, "none", 0, None):
             raise UserError(
                 "output, channels, crop, interpolation, color_jitter, pca_noise, auto_augment, random_erasing and "
