@@ -68,7 +68,7 @@ class Augmentation:
         """Augment normalised ``[B, C, H, W]``: the noise is added here, unrounded; then rectangles are erased."""
         draws = uniforms(seed, epoch, samples, STREAM, "colour") if self.pca or self.erase else np.zeros(0)
         if self.pca:
-            noise = pca_noise(_on(draws[:, 4:10], images), self.pca) / _on(np.array(STD), images)
+            noise = _on(pca_noise(draws[:, 4:10], self.pca) / np.array(STD), images)
             images[:, :3] += noise[:, :, None, None].to(images.dtype)
         if self.erase:
             boxes = erased_boxes(draws[:, 10:55], images.shape[2], images.shape[3], self.erase)
@@ -98,26 +98,28 @@ def jitter(images: Tensor, draws: Tensor, strength: float) -> Tensor:
     Each is a mixture with something grey: black, the image's mean luminance, or each pixel's luminance (as in
     fb.resnet.torch and torchvision). The last draw chooses the order.
     """
-    luma = torch.tensor(LUMA, device=images.device)
     factors = 1 + strength * (2 * draws[:, :3] - 1)
     orders = torch.tensor(ORDERS, device=images.device)[(draws[:, 3] * len(ORDERS)).long()]
     for step in range(3):
         kind = orders[:, step]
         factor = factors.gather(1, kind[:, None])[:, :, None, None]
-        grey = images @ luma
-        mean = grey.mean((1, 2), keepdim=True)
+        red, green, blue = images.unbind(3)
+        grey = LUMA[0] * red + LUMA[1] * green + LUMA[2] * blue
+        # In float64: a sum's rounding depends on how many images there are, and a sample must not.
+        mean = grey.mean((1, 2), keepdim=True, dtype=torch.float64).float()
         kind = kind[:, None, None]
         target = torch.where(kind == 0, 0.0, torch.where(kind == 1, mean, grey))
         images = torch.lerp(target[..., None].expand_as(images), images, factor).clamp_(0, 255)
     return images
 
 
-def pca_noise(draws: Tensor, strength: float) -> Tensor:
+def pca_noise(draws: np.ndarray, strength: float) -> np.ndarray:
     """What is added to red, green and blue in [0, 1] of each image ``[B, 3]``, from uniform ``draws`` ``[B, 6]``."""
-    radius = (-2 * torch.log(1 - draws[:, :3])).sqrt()
-    normal = radius * torch.cos(2 * torch.pi * draws[:, 3:])  # Box and Muller
-    values, vectors = (torch.tensor(c, device=draws.device) for c in (EIGENVALUES, EIGENVECTORS))
-    return (strength * normal * values) @ vectors.T
+    radius = np.sqrt(-2 * np.log1p(-draws[:, :3]))
+    normal = radius * np.cos(2 * np.pi * draws[:, 3:])  # Box and Muller
+    scaled = strength * normal * np.array(EIGENVALUES)
+    # No matrix product: its rounding depends on how many images there are.
+    return sum(scaled[:, i, None] * np.array(EIGENVECTORS)[:, i] for i in range(3))
 
 
 def erased_boxes(draws: np.ndarray, height: int, width: int, probability: float) -> np.ndarray:
