@@ -4,11 +4,12 @@ import logging
 import threading
 import time
 
+import numpy as np
 import pytest
 import torch
 from conftest import require
 
-from fastres.data import create_loader, engine
+from fastres.data import create_loader, engine, geometry
 from fastres.data.folder import read_ahead
 from fastres.data.scan import scan
 from fastres.errors import DataError, UserError
@@ -152,12 +153,16 @@ def test_a_position_in_other_data_is_refused(images, tmp_path, backend):
         open_folder(tmp_path, backend=backend).load_state_dict(state)
 
 
-def test_training_crops_are_distributed_as_torchvisions(images):
+def windows(height, width, count=4000):
+    sizes = np.tile([height, width], (count, 1))
+    return torch.from_numpy(geometry.place(geometry.Crops(), sizes, np.arange(count), 32, 0, 0).windows).double()
+
+
+def test_training_crops_are_distributed_as_torchvisions():
     transforms = require("torchvision.transforms.v2")
-    generator = torch.Generator().manual_seed(0)
     theirs = transforms.RandomResizedCrop(32)
     blank = torch.zeros(3, 300, 400)
-    own = torch.tensor([engine.random_window(300, 400, generator) for _ in range(4000)]).double()
+    own = windows(300, 400)
     made = [theirs.make_params([blank]) for _ in range(4000)]
     other = torch.tensor([[p["top"], p["left"], p["height"], p["width"]] for p in made]).double()
     shapes = own[:, 2] / own[:, 3], other[:, 2] / other[:, 3]
@@ -165,7 +170,7 @@ def test_training_crops_are_distributed_as_torchvisions(images):
         spread = (mine.var(0) + reference.var(0)).div(4000).sqrt()
         assert torch.all((mine.mean(0) - reference.mean(0)).abs() < 4.5 * spread)
     assert torch.all(own[:, 0] + own[:, 2] <= 300) and torch.all(own[:, 1] + own[:, 3] <= 400)
-    thin = engine.random_window(10, 2000, generator)
+    thin = windows(10, 2000, 1)[0]
     assert thin[2] == 10 and thin[3] <= 13, "no attempt fits a very wide image: the centre is taken"
 
 
@@ -235,7 +240,9 @@ def test_resuming_around_broken_files_changes_no_bit(own_images, backend, batche
 
 def test_nothing_but_broken_files(tmp_path, backend):
     (tmp_path / "train" / "bee").mkdir(parents=True)
-    break_images(tmp_path, ["text", "empty"])
+    (tmp_path / "train" / "ant").mkdir()
+    paths = break_images(tmp_path, ["text", "empty"])
+    paths[0].rename(tmp_path / "train" / "ant" / "bad.jpg")
     with pytest.raises(DataError, match=f"none of the 2 images in {tmp_path / 'train'} can be decoded"):
         collect(open_folder(tmp_path, backend=backend, on_bad_image="skip"))
 
@@ -268,6 +275,10 @@ def test_folders_without_images_are_explained(tmp_path):
         create_loader(root)
     with pytest.raises(DataError, match="has no folder val or test"):
         create_loader(root, "test")
+    with pytest.raises(DataError, match=r"train has one class only, dog; a classifier needs at least two"):
+        (root / "train" / "cat" / "notes.txt").unlink()
+        (root / "train" / "cat").rmdir()
+        create_loader(root)
 
 
 def test_scanning_follows_the_training_classes(images, tmp_path):

@@ -9,8 +9,8 @@ import torch
 
 from fastres.data import Loader, create_loader, fashion_mnist
 from fastres.data.digits import load_digits
-from fastres.data.loader import epoch_generator
 from fastres.data.memory import Arrays, MemoryLoader
+from fastres.data.sampling import epoch_generator
 from fastres.errors import DataError, UserError
 
 

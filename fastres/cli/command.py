@@ -10,11 +10,12 @@ from typing import NoReturn
 
 from jsonargparse import ArgumentParser, Namespace
 
-from fastres.cli import bench, doctor, evaluate, explain, models, plot, train, tune
+from fastres.cli import bench, data, doctor, evaluate, explain, models, plot, train, tune
 
 COMMANDS = {
     "train": (train, "train a network on a data set"),
     "eval": (evaluate, "evaluate a checkpoint, or a network with given weights"),
+    "data": (data, "check, pack and time data sets of images"),
     "bench": (bench, "compare a fused network with its plain PyTorch reference"),
     "tune": (tune, "measure which kernel computes each layer fastest here, and use it"),
     "explain": (explain, "show which backend each layer takes, and why"),

@@ -1,131 +1,116 @@
-"""What turns a list of image files into batches of pixels: the interface, the choice, and the torchvision engine."""
+"""What turns encoded images into pixels: the interface, the choice, and the torchvision engine."""
 
 from __future__ import annotations
 
 import importlib.util
 import io
-import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fastres.data.loader import epoch_generator
+from fastres.data.geometry import Geometry
 from fastres.errors import UserError
 
-AREA, RATIO, ATTEMPTS = (0.08, 1.0), (3 / 4, 4 / 3), 10  # of a training crop, as in torchvision and fb.resnet.torch
-
-
-class BadImages(Exception):
-    """Some files of the next batch can't be decoded: ``(path, reason)`` of each. Batches before it were delivered."""
-
-    def __init__(self, culprits: list[tuple[str, str]]) -> None:
-        super().__init__(culprits)
-        self.culprits = culprits
+Backend = Literal["auto", "dali", "dali-only", "torchvision"]
+Preset = Literal["fast", "parity"]
+Output = Literal["float32", "float16", "bfloat16", "uint8"]
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How files become pixels."""
+    """How bytes become pixels. ``on_device`` asks for decoding on ``device`` where the engine can."""
 
     batch_size: int
-    image_size: int
-    augment: bool
     workers: int
     device: torch.device
-    seed: int
+    preset: Preset = "fast"
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+    centered: bool = False  # whether the geometry cuts a centre out of what was resized
+    on_device: bool = False
+    output: Output = "uint8"  # of what is made on the device: engines on the CPU give uint8
+    channels: int = 3
 
 
-@dataclass(frozen=True)
-class Segment:
-    """Files in the order of delivery, and where in the epoch they begin.
+class Job(NamedTuple):
+    """One batch to decode: encoded images, uint8 each, and their geometry."""
 
-    ``resume`` is what :attr:`Batch.resume` was after the last batch that had been delivered, ``done`` how many of the
-    segment's files that makes.
-    """
-
-    files: Sequence[str]
-    labels: Sequence[int]
-    epoch: int
-    start: int
-    done: int = 0
-    resume: bytes | None = None
+    number: int  # of the batch in its epoch
+    samples: np.ndarray  # the samples' numbers in their source
+    contents: list[np.ndarray]
+    geometry: Geometry
+    image_size: int
 
 
-@dataclass(frozen=True)
-class Batch:
-    """``images`` are uint8 ``[B, H, W, 3]``, ``labels`` int64 ``[B]``; ``resume`` continues behind this batch."""
+class Done(NamedTuple):
+    """``images`` [n, S, S, C] of the job's samples that could be decoded, and why not for the others by position."""
 
+    job: Job
     images: Tensor
-    labels: Tensor
-    resume: bytes | None = None
+    failures: dict[int, str]
 
 
 class Engine(Protocol):
-    """Decodes, crops, resizes and mirrors."""
+    """Decodes, crops, resizes and mirrors. Answers come in the order of the jobs; a few jobs are taken in advance."""
 
     name: str
 
-    def batches(self, segment: Segment) -> Iterator[Batch]:
-        """Deliver the segment's files from ``segment.done`` on, the last batch smaller; raise :class:`BadImages`."""
-        ...
+    def run(self, jobs: Iterator[Job]) -> Iterator[Done]: ...
 
 
 def choose_engine(backend: str, settings: Settings) -> Engine:
     """DALI where it is installed, else torchvision, unless one is asked for by name.
 
     Raises:
-        UserError: the one asked for is not installed.
+        UserError: the one asked for is not installed, or there is none of that name.
     """
-    if backend == "dali" or (backend == "auto" and importlib.util.find_spec("nvidia.dali") is not None):
+    if backend not in ("auto", "dali", "dali-only", "torchvision"):
+        raise UserError(f"backend must be auto, dali, dali-only or torchvision, got {backend!r}")
+    if backend.startswith("dali") or (backend == "auto" and importlib.util.find_spec("nvidia.dali") is not None):
         try:
-            from fastres.data.dali import DaliEngine
+            from fastres.data.dali import DaliEngine, HybridEngine
         except ImportError as error:
-            if backend == "dali":
-                raise UserError(f"DALI can't be imported ({error}); pip install 'fastres[data]'") from error
+            if backend != "auto":
+                raise UserError(
+                    f"DALI can't be imported ({error}); pip install 'fastres[dali-cu12]' or 'fastres[dali-cu13]'"
+                ) from error
         else:
-            return DaliEngine(settings)
+            on_gpu = settings.device.type == "cuda" and settings.on_device
+            return DaliEngine(settings) if on_gpu or backend == "dali-only" else HybridEngine(settings)
     return TorchvisionEngine(settings)
 
 
-def random_window(height: int, width: int, generator: torch.Generator) -> tuple[int, int, int, int]:
-    """Top, left, height, width of a random crop, distributed as torchvision's RandomResizedCrop draws it."""
-    draws = torch.rand(ATTEMPTS, 4, generator=generator, dtype=torch.float64).tolist()
-    for area_draw, ratio_draw, top_draw, left_draw in draws:
-        area = height * width * (AREA[0] + (AREA[1] - AREA[0]) * area_draw)
-        low, high = math.log(RATIO[0]), math.log(RATIO[1])
-        ratio = math.exp(low + (high - low) * ratio_draw)
-        crop_width, crop_height = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
-        if 0 < crop_width <= width and 0 < crop_height <= height:
-            top = int(top_draw * (height - crop_height + 1))
-            left = int(left_draw * (width - crop_width + 1))
-            return top, left, crop_height, crop_width
-    crop_width = min(width, round(height * RATIO[1]))
-    crop_height = min(height, round(width / RATIO[0]))
-    return (height - crop_height) // 2, (width - crop_width) // 2, crop_height, crop_width
+def resize_into(
+    target: np.ndarray, pixels: Tensor, geometry: Geometry, position: int, interpolation: str = "bilinear"
+) -> None:
+    """Resize uint8 ``[3, h, w]`` as position ``position`` of the geometry says and write it to ``[S, S, 3]``.
 
-
-def resize_pixels(pixels: Tensor, image_size: int, augment: bool) -> Tensor:
-    """Bring uint8 ``[3, h, w]`` to ``[3, S, S]``: a training crop is resized whole, an evaluation image has its short
-    side resized to 8/7 of S and its centre cut out. Antialiased, with torchvision's rounding."""
+    Antialiased with torchvision's rounding. numpy copies in the calling thread; torch would start threads of its own.
+    """
+    from torchvision.transforms import InterpolationMode
     from torchvision.transforms.v2 import functional as TF
 
-    if augment:
-        return TF.resize(pixels, [image_size, image_size], antialias=True)
-    pixels = TF.resize(pixels, [round(image_size * 8 / 7)], antialias=True)
-    return TF.center_crop(pixels, [image_size, image_size])
-
-
-def write_pixels(target: np.ndarray, pixels: Tensor, mirror: bool) -> None:
-    """Copy ``[3, S, S]`` into ``[S, S, 3]``; numpy copies in the calling thread, torch would start its own threads."""
+    height, width = geometry.resized[position].tolist()
+    if pixels.shape[1:] != (height, width):
+        pixels = TF.resize(pixels, [height, width], InterpolationMode(interpolation), antialias=True)
     values = pixels.numpy().transpose(1, 2, 0)
-    target[...] = values[:, ::-1] if mirror else values
+    size = target.shape[0]
+    top, left = geometry.offsets[position].tolist()
+    values = values[top : top + size, left : left + size]
+    target[...] = values[:, ::-1] if geometry.mirrors[position] else values
+
+
+def empty_batch(count: int, size: int, device: torch.device) -> tuple[Tensor, np.ndarray]:
+    """uint8 ``[count, size, size, 3]`` to be filled on the CPU, pinned where a GPU will fetch it; and as an array."""
+    images = torch.empty((count, size, size, 3), dtype=torch.uint8, pin_memory=device.type == "cuda")
+    return images, images.numpy()
 
 
 class TorchvisionEngine:
@@ -136,53 +121,59 @@ class TorchvisionEngine:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
 
-    def _one(self, path: str, seed: int, target: np.ndarray) -> tuple[str, str] | None:
-        settings = self._settings
-        try:
-            pixels = decode_file(path)
-        except (RuntimeError, OSError, ValueError) as error:
-            return path, short_reason(error)
-        mirror = False
-        if settings.augment:
-            generator = torch.Generator().manual_seed(seed)
-            top, left, height, width = random_window(pixels.shape[1], pixels.shape[2], generator)
-            pixels = pixels[:, top : top + height, left : left + width]
-            mirror = bool(torch.rand((), generator=generator) < 0.5)
-        write_pixels(target, resize_pixels(pixels, settings.image_size, settings.augment), mirror)
-        return None
-
-    def batches(self, segment: Segment) -> Iterator[Batch]:
-        settings = self._settings
-        side = settings.image_size
-        with ThreadPoolExecutor(max(1, settings.workers)) as pool:
-            for begin in range(segment.done, len(segment.files), settings.batch_size):
-                files = segment.files[begin : begin + settings.batch_size]
-                generator = epoch_generator(settings.seed, segment.epoch, segment.start + begin)
-                seeds = torch.randint(2**62, (len(files),), generator=generator).tolist()
-                images = np.empty((len(files), side, side, 3), np.uint8)
-                culprits = [bad for bad in pool.map(self._one, files, seeds, images) if bad]
-                if culprits:
-                    raise BadImages(culprits)
-                labels = torch.tensor(segment.labels[begin : begin + len(files)])
-                yield Batch(torch.from_numpy(images), labels)
+    def run(self, jobs: Iterator[Job]) -> Iterator[Done]:
+        with ThreadPoolExecutor(max(1, self._settings.workers)) as pool:
+            for job in jobs:
+                yield decode_job(job, pool, self._settings)
 
 
-def decode_file(path: str) -> Tensor:
-    """Read an image as uint8 ``[3, h, w]`` RGB; an EXIF orientation is not applied.
+def decode_job(job: Job, pool: ThreadPoolExecutor, settings: Settings) -> Done:
+    """Decode a batch strictly; what fails is left out and named."""
+    images, target = empty_batch(len(job.contents), job.image_size, settings.device)
+    reasons = list(pool.map(partial(_decode_one, job, target, settings.interpolation), range(len(job.contents))))
+    failures = {position: reason for position, reason in enumerate(reasons) if reason}
+    if failures:
+        images = images[[i for i in range(len(reasons)) if i not in failures]]
+    return Done(job, images, failures)
+
+
+def _decode_one(job: Job, target: np.ndarray, interpolation: str, position: int) -> str | None:
+    try:
+        pixels = decode(job.contents[position])
+        top, left, height, width = job.geometry.windows[position].tolist()
+        if top + height > pixels.shape[1] or left + width > pixels.shape[2]:
+            raise ValueError(f"its header promises more than the {pixels.shape[2]}x{pixels.shape[1]} pixels it has")
+        pixels = pixels[:, top : top + height, left : left + width]
+        resize_into(target[position], pixels, job.geometry, position, interpolation)
+    except (RuntimeError, OSError, ValueError) as error:
+        return short_reason(error)
+    return None
+
+
+def decode(content: np.ndarray) -> Tensor:
+    """Decode an image to uint8 ``[3, h, w]`` RGB; an EXIF orientation is not applied.
 
     torchvision has announced the end of its decoders: without them Pillow decodes, to the same pixels but slower.
+
+    Raises:
+        ValueError, RuntimeError, OSError: it can't be decoded whole.
     """
-    content = Path(path).read_bytes()
-    if not content:
+    if not len(content):
         raise ValueError("the file is empty")
     try:
         from torchvision.io import ImageReadMode, decode_image
     except ImportError:
         from PIL import Image
 
-        with Image.open(io.BytesIO(content)) as image:
+        with Image.open(io.BytesIO(content.tobytes())) as image:
             return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+    # Through a copy: torch warns of an array that it must not write.
     return decode_image(torch.frombuffer(bytearray(content), dtype=torch.uint8), mode=ImageReadMode.RGB)
+
+
+def decode_file(path: str) -> Tensor:
+    """:func:`decode` of a file."""
+    return decode(np.frombuffer(Path(path).read_bytes(), np.uint8))
 
 
 def short_reason(error: BaseException) -> str:

@@ -1,4 +1,4 @@
-"""The loader of a folder of images: order, bad files, resuming and delivery; engines do the decoding."""
+"""The loader of encoded images, in folders or shards: order, bad images, resuming and delivery; engines decode."""
 
 from __future__ import annotations
 
@@ -6,145 +6,237 @@ import logging
 import queue
 import threading
 from collections.abc import Generator, Iterator
-from typing import Any, NamedTuple
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from fastres.data.engine import BadImages, Batch, Segment, Settings, choose_engine
-from fastres.data.loader import check_state, epoch_generator
-from fastres.data.scan import scan
-from fastres.errors import DataError
+from fastres.data.augment import Augmentation
+from fastres.data.engine import Done, Job, Settings, choose_engine, decode, short_reason
+from fastres.data.geometry import Crops, image_shape, place
+from fastres.data.loader import check_state
+from fastres.data.normalize import DTYPES, normalize
+from fastres.data.sampling import Plan, epoch_generator
+from fastres.data.source import Source
+from fastres.errors import DataError, UserError
 
 log = logging.getLogger("fastres.data")
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, as torchvision's weights expect
 READ_AHEAD = 3  # batches
+READERS = 4  # threads that read files: more than there are cores, since a disk or a network makes them wait
 
 
-class Position(NamedTuple):
-    """How far an epoch has been delivered: ``done`` files of the segment that begins at ``start`` in the epoch's order
-    without the first ``bad`` bad files; ``resume`` is the engine's own state there."""
+@dataclass(frozen=True)
+class ImageOptions:
+    """How :class:`ImageLoader` delivers; see :func:`fastres.data.create_loader`."""
 
-    start: int = 0
-    done: int = 0
-    resume: bytes | None = None
-    bad: int = 0
+    settings: Settings
+    crops: Crops
+    image_size: int = 224
+    seed: int = 0
+    shuffle: bool = True
+    drop_last: bool = False
+    skip: bool = False
+    rank: int = 0
+    world_size: int = 1
+    augmentation: Augmentation | None = None
 
 
-class FolderLoader:
-    """Batches of a folder; satisfies :class:`fastres.data.Loader`. See :func:`fastres.data.create_loader`."""
+class ImageLoader:
+    """Batches of a source; satisfies :class:`fastres.data.Loader`.
 
-    def __init__(
-        self, root: str, split: str, *, batch_size: int, seed: int, workers: int, augment: bool, image_size: int,
-        on_bad_image: str, device: torch.device, drop_last: bool, backend: str,
-    ) -> None:  # fmt: skip
-        self._list = scan(root, split)
-        settings = Settings(batch_size, image_size, augment, workers, device, seed)
-        self._engine = choose_engine(backend, settings)
-        self._settings, self._shuffle, self._drop_last = settings, split == "train", drop_last
-        self._skip = on_bad_image == "skip"
-        # One value for each number of a row: an inner loop of three would not be vectorised.
-        self._mean = (torch.tensor(MEAN, device=device) * 255).repeat(image_size)
-        self._inverse_std = 1 / (torch.tensor(STD, device=device) * 255).repeat(image_size)
-        self.bad: dict[str, str] = {}
-        self.classes, self.num_classes = self._list.classes, len(self._list.classes)
-        self.input_shape = (3, image_size, image_size)
-        self._pending: Position | None = None
+    What happens to a sample is a function of seed, epoch and its number, so a position is only a number of batches.
+    """
+
+    def __init__(self, source: Source, options: ImageOptions, backend: str, exclude: frozenset[str] = frozenset()):
+        self.source, self.options = source, options
+        self._engine = choose_engine(backend, options.settings)
+        self._sizes = np.zeros((len(source), 2), np.int32)  # known ones are not looked up again
+        self.set_image_size(options.image_size)
+        self.bad: dict[str, str] = {}  # found so far: why, by name
+        self._left_out: frozenset[str] = frozenset()  # bad ones that the epoch's order lacks
+        self._excluded = exclude
+        self.classes, self.num_classes = source.classes, len(source.classes)
+        self._start = 0
         self.set_epoch(0)
-        crop = f"random crop resized to {image_size}, mirror" if augment else f"centre crop {image_size}"
         missing = "" if backend != "auto" or "DALI" in self._engine.name else " (DALI can't be imported)"
+        shard = f"; process {options.rank} of {options.world_size}" if options.world_size > 1 else ""
         self.description = (
-            f"{self._list.folder}: {self.samples} images in {self.num_classes} classes, decoded by "
-            f"{self._engine.name}{missing}; {crop}"
+            f"{source.place}: {self.samples} images in {self.num_classes} classes, decoded by "
+            f"{self._engine.name}{missing}; {_describe(options)}{shard}"
         )
+        joint = options.settings.batch_size * options.world_size
         self._fingerprint = (
-            f"{self._list.fingerprint()}/{self._engine.name}/{image_size}/batch {batch_size}/seed {seed}/"
-            f"augment {augment}"
+            f"{source.fingerprint()}/{options.crops}/{options.augmentation}/{options.settings.preset}/batch {joint}/"
+            f"seed {options.seed}/shuffle {options.shuffle}/without {len(exclude)}"
         )
 
     @property
     def samples(self) -> int:
-        """Images that an epoch delivers, without those found bad so far."""
-        return len(self._list.files) - len(self.bad)
+        """Images that an epoch delivers to all processes, without those found bad so far."""
+        return len(self.source) - len(self._excluded) - len(self.bad)
+
+    def _plan(self, count: int) -> Plan:
+        options = self.options
+        return Plan(count, options.settings.batch_size, options.rank, options.world_size, options.drop_last)
 
     def __len__(self) -> int:
-        full, rest = divmod(self.samples, self._settings.batch_size)
-        return full + (1 if rest and not self._drop_last else 0)
+        return len(self._plan(len(self.source) - len(self._excluded) - len(self._next_left_out())))
+
+    def _next_left_out(self) -> frozenset[str]:
+        # Processes must agree on the order, and each knows only the bad images that it saw itself.
+        return frozenset(self.bad) if self.options.world_size == 1 else self._left_out
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch, from 0, that the next iteration delivers from its start."""
-        self._epoch, self._pending = epoch, None
-        self._position = Position(bad=len(self.bad))
+        self._epoch, self._start, self._done = epoch, 0, 0
+        self._left_out = self._next_left_out()
+        self._known = len(self.bad)
+
+    def set_image_size(self, image_size: int) -> None:
+        """Deliver images of another size from the next iteration on; nothing is built anew."""
+        if image_size < 1:
+            raise UserError(f"image_size must be at least 1, got {image_size}")
+        self._image_size = image_size
+        self.input_shape = (self.options.settings.channels, image_size, image_size)
 
     def state_dict(self) -> dict[str, Any]:
-        start, done, resume, bad = self._position
         return {
-            "fingerprint": self._fingerprint, "epoch": self._epoch, "start": start, "done": done,
-            "bad": dict(list(self.bad.items())[:bad]),
-            "engine": None if resume is None else torch.frombuffer(bytearray(resume), dtype=torch.uint8),
+            "fingerprint": self._fingerprint, "engine": self._engine.name, "epoch": self._epoch, "batches": self._done,
+            "image_size": self._image_size, "left_out": sorted(self._left_out),
+            "bad": dict(list(self.bad.items())[: self._known]),
         }  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         check_state(state, self._fingerprint, self.description)
+        if state["engine"] != self._engine.name:
+            log.warning(
+                "the position was saved with %s, now %s decodes: pixels may be rounded otherwise",
+                state["engine"], self._engine.name,
+            )  # fmt: skip
         self.bad = dict(state["bad"])
         self.set_epoch(state["epoch"])
-        engine = state["engine"]
-        resume = None if engine is None else engine.numpy().tobytes()
-        self._pending = self._position = Position(state["start"], state["done"], resume, len(self.bad))
+        self._left_out = frozenset(state["left_out"])
+        self.set_image_size(state["image_size"])
+        self._start = self._done = state["batches"]
 
-    def _order(self) -> list[int]:
-        count = len(self._list.files)
+    def _order(self) -> np.ndarray:
+        count, options = len(self.source), self.options
         order = (
-            torch.randperm(count, generator=epoch_generator(self._settings.seed, self._epoch)).tolist()
-            if self._shuffle
-            else list(range(count))
+            torch.randperm(count, generator=epoch_generator(options.seed, self._epoch)).numpy()
+            if options.shuffle
+            else np.arange(count)
         )
-        # Permuting all files and then leaving out the bad ones keeps the others' order whenever a file turns bad.
-        return [index for index in order if self._list.files[index] not in self.bad]
+        absent = self._left_out | self._excluded
+        if absent:
+            # Permuting all and then leaving some out keeps the others' order whichever turns out to be bad.
+            keep = np.array([self.source.name(i) not in absent for i in range(count)])
+            order = order[keep[order]]
+        return order
 
-    def _segments(self, position: Position) -> Generator[tuple[Batch, Position], None, None]:
-        """Deliver the epoch; a batch with bad files ends a segment, and the next begins at that batch without them."""
-        start, done, resume, _ = position
-        while True:
-            chosen = self._order()[start:]
-            files, labels = [self._list.files[i] for i in chosen], [self._list.labels[i] for i in chosen]
-            try:
-                for batch in self._engine.batches(Segment(files, labels, self._epoch, start, done, resume)):
-                    done += len(batch.labels)
-                    yield batch, Position(start, done, batch.resume, len(self.bad))
-                return
-            except BadImages as found:
-                self._report(found.culprits)
-                start, done, resume = start + done, 0, None
+    def _read(self, sample: int) -> tuple[np.ndarray | None, tuple[int, int], str]:
+        """Bytes, height and width; or why not."""
+        try:
+            content = self.source.read(sample)
+            if self._sizes[sample, 0]:
+                return content, (0, 0), ""
+            # Where the header can't be understood a decoder says what is wrong, or what the size is.
+            shape = image_shape(content) or decode(content).shape[1:]
+            if min(shape) < 1:
+                raise ValueError(f"its header says {shape[1]}x{shape[0]} pixels")
+            return content, (shape[0], shape[1]), ""
+        except (OSError, ValueError, RuntimeError) as error:
+            return None, (0, 0), short_reason(error)
 
-    def _report(self, culprits: list[tuple[str, str]]) -> None:
-        path, reason = culprits[0]
-        if not self._skip:
-            others = f" (and {len(culprits) - 1} more in the same batch)" if len(culprits) > 1 else ""
+    def _jobs(self, order: np.ndarray, plan: Plan, begin: int, unreadable: dict[int, dict[str, str]]) -> Iterator[Job]:
+        """Read the epoch's batches; what can't be read goes to ``unreadable`` by batch and name."""
+        options, name = self.options, self.source.name
+        with ThreadPoolExecutor(READERS, "fastres-read") as pool:
+            for number in range(begin, len(plan)):
+                wanted = order[plan[number]].tolist()
+                if self.bad:
+                    wanted = [sample for sample in wanted if name(sample) not in self.bad]
+                contents, left, failed = [], [], {}
+                for sample, (content, shape, reason) in zip(wanted, pool.map(self._read, wanted), strict=True):
+                    if content is None:
+                        failed[name(sample)] = reason
+                        continue
+                    if shape[0]:
+                        self._sizes[sample] = shape
+                    contents.append(content)
+                    left.append(sample)
+                unreadable[number] = failed
+                if not left and options.world_size > 1 and options.skip:
+                    raise DataError(f"no image of batch {number} can be decoded; the other processes would wait for it")
+                if left:
+                    samples = np.array(left, np.int64)
+                    sizes = self._sizes[samples]
+                    geometry = place(options.crops, sizes, samples, self._image_size, options.seed, self._epoch)
+                    yield Job(number, samples, contents, geometry, self._image_size)
+
+    def _batches(self, begin: int) -> Generator[tuple[int, Done | None, dict[str, str]], None, None]:
+        """Decoded batches with their numbers, and the bad images that were met up to there, by name."""
+        order, plan = self._order(), self._plan(len(self.source) - len(self._excluded) - len(self._left_out))
+        unreadable: dict[int, dict[str, str]] = {}
+        for done in self._engine.run(self._jobs(order, plan, begin, unreadable)):
+            number = done.job.number
+            bad: dict[str, str] = {}
+            for earlier in sorted(n for n in unreadable if n <= number):
+                bad |= unreadable.pop(earlier)
+            for position, reason in done.failures.items():
+                bad[self.source.name(int(done.job.samples[position]))] = reason
+            yield number, done, bad
+        yield len(plan) - 1, None, {name: reason for bad in unreadable.values() for name, reason in bad.items()}
+
+    def _report(self, found: dict[str, str]) -> None:
+        if not self.options.skip:
+            path, reason = next(iter(found.items()))
+            others = f" (and {len(found) - 1} more in the same batch)" if len(found) > 1 else ""
             raise DataError(
                 f"{path} can't be decoded: {reason}{others}. Remove or replace it, or leave such files out with "
                 "--on-bad-image=skip"
             )
-        self.bad.update(culprits)
-        for path, reason in culprits:
+        for path, reason in found.items():
+            self.bad[path] = reason
             log.warning("left out %s: %s (%d bad images so far)", path, reason, len(self.bad))
         if not self.samples:
-            raise DataError(f"none of the {len(self._list.files)} images in {self._list.folder} can be decoded")
+            raise DataError(f"none of the {len(self.source)} images in {self.source.place} can be decoded")
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        begin = self._pending or Position(bad=len(self.bad))
-        self._position, self._pending = begin, None
-        device = self._settings.device
-        for batch, position in read_ahead(self._segments(begin), READ_AHEAD):
-            if self._drop_last and len(batch.labels) < self._settings.batch_size:
-                return
-            images = batch.images
-            if device.type == "cuda" and images.device.type == "cpu":
-                images = images.pin_memory().to(device, non_blocking=True)
-            values = images.float()
-            values.flatten(2).sub_(self._mean).mul_(self._inverse_std)
-            self._position = position
-            yield values.permute(0, 3, 1, 2), batch.labels.to(device, non_blocking=True)
+        options, settings = self.options, self.options.settings
+        begin, self._start = self._start, 0
+        self._done, self._known = begin, len(self.bad)
+        for number, done, bad in read_ahead(self._batches(begin), READ_AHEAD):
+            if bad:
+                self._report(bad)
+            if done is None or not len(done.images):
+                if done is not None and options.world_size > 1:
+                    raise DataError(f"no image of batch {number} can be decoded; the other processes would wait for it")
+                continue
+            samples = np.delete(done.job.samples, list(done.failures))
+            labels = torch.tensor([self.source.labels[sample] for sample in samples.tolist()])
+            images = done.images.to(settings.device, non_blocking=True)
+            if options.augmentation is not None:
+                images = options.augmentation.pixels(images, samples, options.seed, self._epoch)
+            if images.dtype == torch.uint8:
+                images = normalize(images, settings.output, settings.channels)
+            else:  # made by the engine
+                images = images.permute(0, 3, 1, 2).to(DTYPES[settings.output])
+            if options.augmentation is not None:
+                images = options.augmentation.values(images, samples, options.seed, self._epoch)
+            self._done, self._known = number + 1, len(self.bad)
+            yield images, labels.to(settings.device, non_blocking=True)
+
+
+def _describe(options: ImageOptions) -> str:
+    crops, size = options.crops, options.image_size
+    if crops.kind == "center":
+        return f"centre crop {size}"
+    kind = "random crop resized to" if crops.kind == "resized" else "scale augmentation, random crop of"
+    more = f", {options.augmentation.describe()}" if options.augmentation is not None else ""
+    return f"{kind} {size}{', mirror' if crops.mirror else ''}{more}"
 
 
 def read_ahead(source: Generator[Any, None, None], depth: int) -> Iterator[Any]:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastres.data.loader import check_state, epoch_generator
+from fastres.data.loader import check_state
+from fastres.data.sampling import Plan, epoch_generator
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,8 @@ class MemoryLoader:
     """
 
     def __init__(self, arrays: Arrays, split: str, *, batch_size: int, seed: int, augment: bool, normalize: str,
-                 device: torch.device, drop_last: bool, limit: int | None) -> None:  # fmt: skip
+                 device: torch.device, drop_last: bool, limit: int | None, rank: int = 0,
+                 world_size: int = 1) -> None:  # fmt: skip
         train = split == "train"
         images, labels = (
             (arrays.train_images, arrays.train_labels) if train else (arrays.test_images, arrays.test_labels)
@@ -55,7 +57,7 @@ class MemoryLoader:
         self._fill = 0.0 if normalize == "pixel" else float((-mean.mean() / std.mean()).item())
         self._images, self._labels = images.flatten(1).to(device), labels.to(device)
         self._arrays, self._augment, self._shuffle, self._device = arrays, augment, train, device
-        self._seed, self._batch_size, self._drop_last = seed, batch_size, drop_last
+        self._seed, self._plan = seed, Plan(len(labels), batch_size, rank, world_size, drop_last)
         self._epoch = self._start = self._done = 0
         self.samples = len(labels)
         self.classes, self.num_classes = arrays.classes, len(arrays.classes)
@@ -67,13 +69,12 @@ class MemoryLoader:
             f"{normalize} mean; augmentation: {', '.join(steps) if augment else 'none'}"
         )
         self._fingerprint = (
-            f"{arrays.name}/{split}/{self.samples}x{channels}x{height}x{width}/{normalize}/batch {batch_size}/"
+            f"{arrays.name}/{split}/{self.samples}x{channels}x{height}x{width}/{normalize}/batch {batch_size * world_size}/"
             f"seed {seed}/augment {augment}"
         )
 
     def __len__(self) -> int:
-        full, rest = divmod(self.samples, self._batch_size)
-        return full + (1 if rest and not self._drop_last else 0)
+        return len(self._plan)
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch, from 0, that the next iteration delivers from its start."""
@@ -95,7 +96,7 @@ class MemoryLoader:
         start, self._start = self._start, 0
         self._done = start
         for batch in range(start, len(self)):
-            chosen = slice(batch * self._batch_size, (batch + 1) * self._batch_size)
+            chosen = self._plan[batch]
             indices = order[chosen].to(self._device)
             images = self._images[indices].float().div_(255).sub_(self._mean).mul_(self._inverse_std)
             images = images.view(-1, *self._shape)

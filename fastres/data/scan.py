@@ -2,33 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
-from dataclasses import dataclass
 from pathlib import Path
 
+from fastres.data.source import FileSource, Source
 from fastres.errors import DataError
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp")  # what both DALI and torchvision decode
 SPLIT_FOLDERS = {"train": ("train",), "test": ("val", "test")}
 LAYOUT = "expected ROOT/train/<class>/*.jpg and ROOT/val/<class>/*.jpg (or ROOT/test/…)"
-
-
-@dataclass(frozen=True)
-class ImageList:
-    """The images of one split, sorted by class and path; ``files`` are absolute, ``labels`` index ``classes``."""
-
-    folder: Path
-    classes: list[str]
-    files: list[str]
-    labels: list[int]
-
-    def fingerprint(self) -> str:
-        """Changes when a file is added, removed, renamed or put in another class."""
-        digest = hashlib.sha256()
-        for path, label in zip(self.files, self.labels, strict=True):
-            digest.update(f"{os.path.relpath(path, self.folder)}\0{label}\n".encode())
-        return digest.hexdigest()[:16]
 
 
 def _subfolders(folder: Path) -> list[str]:
@@ -54,7 +36,7 @@ def _images(folder: Path) -> list[str]:
     return sorted(found)
 
 
-def scan(root: str | Path, split: str) -> ImageList:
+def scan(root: str | Path, split: str) -> FileSource:
     """List a split's images. Classes are the sub-folders of ``train`` in sorted order, as in torchvision's ImageFolder;
     where there is no ``train`` they are those of the split itself.
 
@@ -87,4 +69,36 @@ def scan(root: str | Path, split: str) -> ImageList:
         raise DataError(f"{folder} has {len(own)} class folders but no images ({', '.join(EXTENSIONS)}); {LAYOUT}")
     if empty:
         raise DataError(f"{folder} has class folders without images: {', '.join(empty[:5])}; fill or remove them")
-    return ImageList(folder, classes, files, labels)
+    if len(classes) < 2:
+        raise DataError(f"{folder} has one class only, {classes[0]}; a classifier needs at least two")
+    return FileSource(folder, classes, files, labels)
+
+
+def open_source(root: str | Path, split: str) -> Source:
+    """The images of a split, from shards where there are some, else from class folders. Raises as :func:`scan` does."""
+    from fastres.data.shards import find_shards, open_shards
+
+    shards = find_shards(Path(root).absolute(), split)
+    return open_shards(Path(root).absolute(), split, shards) if shards else scan(root, split)
+
+
+def read_exclusions(path: str | Path | None, source: Source) -> frozenset[str]:
+    """Names of the images in a list as ``fastres data check`` writes it: a name, a tab, a reason; ``#`` comments.
+
+    Raises:
+        DataError: the list can't be read, or names nothing of ``source``.
+    """
+    if path is None:
+        return frozenset()
+    try:
+        lines = Path(path).read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"the list of images to leave out, {path}, can't be read: {error}") from error
+    listed = {line.split("\t")[0] for line in lines if line.strip() and not line.startswith("#")}
+    known = {name for name in map(source.name, range(len(source))) if name in listed}
+    if listed and not known:
+        raise DataError(
+            f"{path} lists {len(listed)} images, none of which is in {source.place}; expected lines such as "
+            f"{source.name(0)}"
+        )
+    return frozenset(known)
