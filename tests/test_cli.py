@@ -283,6 +283,10 @@ def test_plot_draws_several_runs(trained, capsys, tmp_path):
     for name in ("curves.png", "curves.svg"):
         code, out, _ = command(capsys, "plot", trained, trained, "-o", tmp_path / name)
         assert code == 0 and name in out and (tmp_path / name).stat().st_size > 10000
+    for style in ("fig1", "fig4", "fig6"):
+        assert command(capsys, "plot", trained, "--style", style, "-o", tmp_path / f"{style}.png")[0] == 0
+    assert command(capsys, "plot", trained, trained, "-o", tmp_path / "runs.html")[0] == 0
+    assert (trained / "report.html").read_text().startswith("<!doctype html>"), "training ends with a report"
     assert "log.csv can't be read" in fails(capsys, "plot", tmp_path)
     assert "can't write" in fails(capsys, "plot", trained, "-o", tmp_path / "curves.xyz")
 

@@ -57,19 +57,20 @@ def image(svg: bytes, text: str) -> str:
     return f'<img alt="{html.escape(text)}" src="data:image/svg+xml;base64,{base64.b64encode(svg).decode()}">'
 
 
-def subplots(columns: int, size: tuple[float, float]) -> tuple[Any, Any]:
-    """A figure and its row of axes, with a grid; matplotlib needs no screen for it."""
+def subplots(columns: int, size: tuple[float, float], rows: int = 1) -> tuple[Any, list[Any]]:
+    """A figure and its axes, row by row, with a grid; matplotlib needs no screen for it."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, columns, figsize=size, layout="constrained", squeeze=False)
-    for axis in axes[0]:
+    figure, grid = pyplot.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
+    axes = list(grid.flat)
+    for axis in axes:
         axis.grid(alpha=0.25)
         axis.set_axisbelow(True)
         axis.spines[["top", "right"]].set_visible(False)
-    return figure, axes[0]
+    return figure, axes
 
 
 def svg(figure: Any) -> bytes:

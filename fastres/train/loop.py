@@ -14,8 +14,9 @@ from torch.nn import functional as F
 
 from fastres.errors import CheckpointError, DivergedError
 from fastres.evaluate import evaluate
+from fastres.train.boards import Boards
 from fastres.train.progress import Reporter
-from fastres.train.records import Row, TensorBoard, write_log
+from fastres.train.records import Row, write_log
 from fastres.train.run import BEST, LAST, Run
 from fastres.train.settings import Settings
 from fastres.train.signals import StopRequest, stop_on_signals
@@ -57,9 +58,7 @@ def train(
     if on_start is not None:
         on_start(run)
     write_log(run.out / "log.csv", run.rows)
-    board = TensorBoard(run.out, run.epoch + 1)
-    if not board.available:
-        reporter.message("TensorBoard is not installed: only log.csv is written")
+    board = Boards(run.settings, run.out, run.epoch + 1, reporter.message)
     try:
         with stop_on_signals() as stop:
             while run.epoch < run.epochs and stop.signum is None:
@@ -127,7 +126,7 @@ def train_step(run: Run, images: torch.Tensor, labels: torch.Tensor) -> None:
         run.sums[2] += len(labels)
 
 
-def finish_epoch(run: Run, reporter: Reporter, board: TensorBoard) -> None:
+def finish_epoch(run: Run, reporter: Reporter, board: Boards) -> None:
     """Evaluate, record and save a finished epoch."""
     begin = time.perf_counter()
     result = evaluate(run.model, run.test_data, run.dtype)

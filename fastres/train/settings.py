@@ -66,6 +66,7 @@ class Settings:
     normalize: Literal["channel", "pixel"] = "channel"
     on_bad_image: Literal["stop", "skip"] = "stop"
     limit: int | None = None
+    wandb: str | None = None  # a project of Weights & Biases
 
     def resolved(self) -> Settings:
         """A copy in which the recipe's values have replaced each ``None`` that a recipe knows."""
