@@ -17,7 +17,7 @@ REPORT = "report.html"
 
 def names_of(folders: list[str]) -> list[str]:
     """A short name for each run's folder; whole paths where short ones would be equal."""
-    short = [Path(folder).resolve().name for folder in folders]
+    short = [Path(folder).resolve().name.removesuffix(".csv") for folder in folders]
     return [name if short.count(name) == 1 else folder for name, folder in zip(short, folders, strict=True)]
 
 
