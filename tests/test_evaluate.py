@@ -74,7 +74,11 @@ def test_measures_are_those_of_a_plain_count_and_merge_over_batches():
         inside = (confidence > low / 15) & (confidence <= (low + 1) / 15)
         gaps += abs(confidence[inside].sum().item() - right[inside].sum().item())
     assert s.ece == pytest.approx(gaps / 501, abs=1e-9)
-    assert sum(b.images for b in s.calibration) == 501
+    for b in s.calibration:
+        inside = (confidence > b.low) & (confidence <= b.high)
+        assert b.images == int(inside.sum())
+        assert not b.images or b.confidence == pytest.approx(confidence[inside].mean().item())
+        assert not b.images or b.accuracy == pytest.approx(right[inside].double().mean().item())
 
 
 def test_calibration_error_is_that_of_torchmetrics():
@@ -271,7 +275,9 @@ def test_population_statistics_are_the_means_over_batches():
 
 
 def test_population_statistics_that_fail_change_nothing():
-    model = fastres.create_model("resnet20", num_classes=4, in_channels=1).eval()
+    model = fastres.create_model("resnet20", num_classes=4, in_channels=1)
+    model(torch.randn(4, 1, 32, 32))  # fresh statistics would look like those that a pass begins with
+    model.eval()
     before = {name: b.clone() for name, b in model.named_buffers()}
 
     def broken():
