@@ -1,12 +1,12 @@
 """The demo's report: one HTML file with its figures inside."""
 
-import base64
 import html
-import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from string import Template
 from typing import Any
+
+from fastres.evaluate.page import image, subplots, svg, table
 
 COLOURS = {"fused": "#0f8b6f", "reference": "#c2571a"}
 NOTE_QUICK = "This was a quick run that shows that everything works: its accuracies and times say little."
@@ -97,21 +97,6 @@ def write(
     path.write_text(page, encoding="utf-8")
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """An HTML table; cells are given as HTML."""
-    lines = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
-    return (
-        "<table><thead><tr>"
-        + "".join(f"<th>{name}</th>" for name in head)
-        + f"</tr></thead><tbody>{lines}</tbody></table>"
-    )
-
-
-def image(svg: bytes, text: str) -> str:
-    """The figure inside the page."""
-    return f'<img alt="{html.escape(text)}" src="data:image/svg+xml;base64,{base64.b64encode(svg).decode()}">'
-
-
 def mib(size: int) -> str:
     return f"{size / 2**20:.1f} MiB"
 
@@ -142,7 +127,7 @@ def timing_rows(bench: dict[str, Any]) -> Iterable[tuple[str, ...]]:
 
 def curves(logs: dict[str, list[Any]]) -> bytes:
     """Loss and test error by epoch."""
-    figure, axes = _subplots(2, (9.6, 3.4))
+    figure, axes = subplots(2, (9.6, 3.4))
     for kind, rows in logs.items():
         epochs, style = [row.epoch for row in rows], {"color": COLOURS[kind], "lw": 2}
         dashes = {} if kind == "fused" else {"ls": (0, (4, 2))}
@@ -159,40 +144,17 @@ def curves(logs: dict[str, list[Any]]) -> bytes:
         axis.legend(frameon=False, fontsize=8)
     axes[0].set_yscale("log")  # the first epochs' test loss, with statistics that lag behind, would dwarf the rest
     axes[1].set_ylim(bottom=0)
-    return _svg(figure)
+    return svg(figure)
 
 
 def timing(benches: list[dict[str, Any]]) -> bytes:
     """Speed-ups as bars with the quartiles of the rounds."""
     bars = [(f"{b['model']}, {r['mode']}", r["speed_up"]) for b in benches for r in b["results"] if "speed_up" in r]
-    figure, (axis,) = _subplots(1, (9.6, 0.5 + 0.45 * max(len(bars), 1)))
+    figure, (axis,) = subplots(1, (9.6, 0.5 + 0.45 * max(len(bars), 1)))
     for place, (_, s) in enumerate(reversed(bars)):
         spread = [[max(s["median"] - s["low"], 0)], [max(s["high"] - s["median"], 0)]]
         axis.barh(place, s["median"], height=0.55, color=COLOURS["fused"], xerr=spread, ecolor="#555", capsize=3)
         axis.text(0.02, place, f"{s['median']:.2f}×", va="center", color="white", fontsize=9)
     axis.set_yticks(range(len(bars)), [name for name, _ in reversed(bars)])
     axis.axvline(1, color=COLOURS["reference"], lw=1.5)
-    return _svg(figure)
-
-
-def _subplots(columns: int, size: tuple[float, float]) -> tuple[Any, Any]:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, columns, figsize=size, layout="constrained", squeeze=False)
-    for axis in axes[0]:
-        axis.grid(alpha=0.25)
-        axis.set_axisbelow(True)
-        axis.spines[["top", "right"]].set_visible(False)
-    return figure, axes[0]
-
-
-def _svg(figure: Any) -> bytes:
-    from matplotlib import pyplot
-
-    content = io.BytesIO()
-    figure.savefig(content, format="svg")
-    pyplot.close(figure)
-    return content.getvalue()
+    return svg(figure)

@@ -88,6 +88,43 @@ def test_eval_of_a_checkpoint(trained, capsys, tmp_path):
     assert code == 0 and "resnet20 (reference)" in out and f"{figures['top1']:.2%}" in out
 
 
+def test_eval_by_protocol_of_an_ensemble_with_a_report(trained, capsys, tmp_path):
+    require("torchvision")
+    require("matplotlib")
+    last, best = trained / "checkpoint-last.pt", trained / "checkpoint-best.pt"
+    small = ["--limit", 96, "--protocol", "10-crop", "--out", tmp_path / "report"]
+    code, out, _ = command(capsys, "eval", last, "--ensemble", best, *small, "--population-bn", "--combine", "scores")
+    figures = json.loads((tmp_path / "report" / "eval.json").read_text())
+    assert code == 0 and (figures["views"], figures["crop"], figures["networks"]) == (10, 16, 2)
+    assert figures["samples"] == 96 and f"{figures['top1']:.2%}" in out and "10 (10-crop)" in out
+    assert "by class" in out and "most frequent confusions" in out and figures["population_bn"] is True
+    assert {path.suffix for path in (tmp_path / "report").iterdir()} == {".html", ".json", ".csv"}
+    assert "unknown protocol 'five'" in fails(capsys, "eval", last, "--protocol", "five")
+
+
+def test_eval_of_several_processes_is_that_of_one(trained, capsys, tmp_path):
+    last = str(trained / "checkpoint-last.pt")
+    code, _, _ = command(capsys, "eval", last, "--limit", 90, "--batch-size", 32, "--json", tmp_path / "one.json")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "fastres"]
+    options = [
+        "eval",
+        last,
+        "--limit",
+        "90",
+        "--batch-size",
+        "32",
+        "--threads",
+        "1",
+        "--json",
+        str(tmp_path / "two.json"),
+    ]
+    done = subprocess.run([*torchrun, *options], capture_output=True, text=True)
+    assert code == 0 and done.returncode == 0, done.stderr
+    one, two = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "two"))
+    assert one["confusion"] == two["confusion"] and two["processes"] == 2 and two["samples"] == 90
+    assert one["loss"] == pytest.approx(two["loss"], rel=1e-6) and done.stdout.count("most frequent confusions") == 1
+
+
 def test_a_terminal_gets_a_bar(capsys):
     import io
 
@@ -246,6 +283,10 @@ def test_plot_draws_several_runs(trained, capsys, tmp_path):
     for name in ("curves.png", "curves.svg"):
         code, out, _ = command(capsys, "plot", trained, trained, "-o", tmp_path / name)
         assert code == 0 and name in out and (tmp_path / name).stat().st_size > 10000
+    for style in ("fig1", "fig4", "fig6"):
+        assert command(capsys, "plot", trained, "--style", style, "-o", tmp_path / f"{style}.png")[0] == 0
+    assert command(capsys, "plot", trained, trained, "-o", tmp_path / "runs.html")[0] == 0
+    assert (trained / "report.html").read_text().startswith("<!doctype html>"), "training ends with a report"
     assert "log.csv can't be read" in fails(capsys, "plot", tmp_path)
     assert "can't write" in fails(capsys, "plot", trained, "-o", tmp_path / "curves.xyz")
 

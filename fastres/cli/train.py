@@ -43,6 +43,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--resume", type=str, default="auto", help="auto: continue what --out holds; never; or a checkpoint"
     )
+    parser.add_argument("--wandb", type=str, default=None, metavar="PROJECT", help="log to Weights & Biases too")
     switch(parser, "overwrite", "start anew, keep checkpoints as *.old")
     parser.add_argument("--save-every", type=NonNegativeInt, default=0, help="iterations between checkpoints too")
     parser.add_argument("--keep", type=PositiveInt, default=1, help="newest checkpoints to keep, numbered if several")
@@ -122,6 +123,7 @@ def _run(settings: Settings) -> int:
     if finished.rows and first:
         title = f"{finished.settings.model} on {finished.settings.data}: {finished.out}"
         screen.print(summary_table(title, finished.rows))
+        write_end_report(screen, finished.out)
     if signum is not None and finished.epoch < finished.epochs:
         import signal
 
@@ -132,6 +134,18 @@ def _run(settings: Settings) -> int:
             )  # fmt: skip
         return SAVED if signum == signal.SIGTERM else 128 + signum
     return 0
+
+
+def write_end_report(screen: Any, out: Path) -> None:
+    """``report.html``; a finished run must not fail for the want of it."""
+    try:
+        from fastres.train.report import REPORT, write_report
+
+        write_report(out / REPORT, [str(out)])
+    except (ImportError, OSError) as error:
+        screen.print(f"no report was written: {error}", markup=False, highlight=False, soft_wrap=True)
+    else:
+        screen.print(f"wrote {out / REPORT}", markup=False, highlight=False, soft_wrap=True)
 
 
 def plain(value: Any) -> Any:

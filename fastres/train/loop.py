@@ -14,9 +14,10 @@ import torch
 from fastres.errors import CheckpointError, DivergedError, RankError
 from fastres.evaluate import evaluate
 from fastres.evaluate.single_crop import Evaluation
+from fastres.train.boards import Boards
 from fastres.train.distributed import World, error_of_others, join_world, leave_world, lost_another, tell_others
 from fastres.train.progress import Quiet, Reporter
-from fastres.train.records import Row, TensorBoard, write_log
+from fastres.train.records import Row, write_log
 from fastres.train.run import BEST, LAST, Run
 from fastres.train.saving import clear_partial, numbered
 from fastres.train.settings import Settings
@@ -77,7 +78,7 @@ def _train(
             f"continuing from {source}, after {where}" + (f"; changed: {', '.join(changes)}" if changes else "")
         )
     world.any(0, run.device)  # every process has read what it continues from before the first one moves files
-    board = None
+    board: Boards | None = None
     if world.first:
         run.out.mkdir(parents=True, exist_ok=True)
         clear_partial(run.out)
@@ -85,9 +86,7 @@ def _train(
         if on_start is not None:
             on_start(run)
         write_log(run.out / "log.csv", run.rows)
-        board = TensorBoard(run.out, run.epoch + 1)
-        if not board.available:
-            reporter.message("TensorBoard is not installed: only log.csv is written")
+        board = Boards(run.settings, run.out, run.epoch + 1, reporter.message)
     try:
         with stop_on_signals() as stop:
             while run.epoch < run.epochs and stop.signum is None:
@@ -146,7 +145,7 @@ def train_epoch(run: Run, reporter: Reporter, stop: StopRequest) -> bool:
             run.save(LAST)
 
 
-def finish_epoch(run: Run, reporter: Reporter, board: TensorBoard | None) -> None:
+def finish_epoch(run: Run, reporter: Reporter, board: Boards | None) -> None:
     """Evaluate, record and save a finished epoch."""
     begin = time.perf_counter()
     result = evaluate_together(run)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import statistics
 import time
 from typing import Protocol
@@ -40,19 +41,21 @@ class PlainReporter:
         self._console = console
         self._last = 0.0
         self._title, self._batches = "", 0
+        self._left = TimeLeft()
 
     def message(self, text: str) -> None:
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def begin_epoch(self, epoch: int, epochs: int, batches: int, done: int) -> None:
         self._title, self._batches, self._last = f"epoch {epoch}/{epochs}", batches, time.monotonic()
+        self._left.begin_epoch(epoch, epochs, batches, done)
 
     def step(self, done: int, loss: float, accuracy: float, images_per_s: float, data_wait: float) -> None:
         if time.monotonic() - self._last >= PLAIN_INTERVAL:
             self._last = time.monotonic()
             self.message(
                 f"{self._title}  {done}/{self._batches}  loss {loss:.4f} acc {accuracy:.2%}  "
-                f"{images_per_s:,.0f} images/s  data wait {data_wait:.1%}"
+                f"{images_per_s:,.0f} images/s  data wait {data_wait:.1%}  {self._left.text(done)}"
             )
 
     def end_epoch(self, row: Row, epochs: int, best: bool) -> None:
@@ -72,10 +75,35 @@ class Quiet:
     def close(self) -> None: ...
 
 
+class TimeLeft:
+    """Estimates the rest of a run from the steps of this process, its evaluations and savings included."""
+
+    def __init__(self) -> None:
+        self._begin = self._from = self._before = self._total = 0.0
+
+    def begin_epoch(self, epoch: int, epochs: int, batches: int, done: int) -> None:
+        self._before, self._total = (epoch - 1) * batches, epochs * batches
+        if not self._begin:
+            self._begin, self._from = time.monotonic(), self._before + done
+
+    def seconds(self, done: int) -> float | None:
+        """Seconds until the last step, ``done`` being the finished batches of the epoch; None before the first one."""
+        place = self._before + done
+        if place <= self._from:
+            return None
+        return (time.monotonic() - self._begin) / (place - self._from) * (self._total - place)
+
+    def text(self, done: int) -> str:
+        """``1:02:03 left``."""
+        seconds = self.seconds(done)
+        return "" if seconds is None else f"{datetime.timedelta(seconds=round(seconds))} left"
+
+
 class BarReporter:
-    """A live bar of the current epoch above the lines of the finished ones."""
+    """A live bar of the current epoch above the lines of the finished ones, with the time left of epoch and run."""
 
     def __init__(self, console: Console) -> None:
+        self._left = TimeLeft()
         self._progress = Progress(
             TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
             TextColumn("{task.fields[figures]}"), console=console, transient=True,
@@ -87,12 +115,14 @@ class BarReporter:
         self._progress.console.print(text, markup=False, highlight=False)
 
     def begin_epoch(self, epoch: int, epochs: int, batches: int, done: int) -> None:
+        self._left.begin_epoch(epoch, epochs, batches, done)
         self._progress.reset(
             self._task, total=batches, completed=done, description=f"epoch {epoch}/{epochs}", figures=""
         )
 
     def step(self, done: int, loss: float, accuracy: float, images_per_s: float, data_wait: float) -> None:
         figures = f"loss {loss:.3f}  acc {accuracy:.1%}  {images_per_s:,.0f} img/s  data wait {data_wait:.1%}"
+        figures += f"  run {self._left.text(done)}"
         self._progress.update(self._task, completed=done, figures=figures)
 
     def end_epoch(self, row: Row, epochs: int, best: bool) -> None:

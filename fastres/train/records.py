@@ -48,12 +48,13 @@ def write_log(path: Path, rows: list[Row]) -> None:
 
 
 def read_log(folder: str | Path) -> list[Row]:
-    """Read a run's ``log.csv``.
+    """Read a run's ``log.csv``, or a copy of one that is given itself (``….csv``).
 
     Raises:
         DataError: it is missing or not a log; the message names it.
     """
-    path = Path(folder) / "log.csv"
+    path = Path(folder)
+    path = path if path.suffix == ".csv" else path / "log.csv"
     try:
         with open(path, newline="") as file:
             lines = list(csv.DictReader(file))

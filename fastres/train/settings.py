@@ -79,6 +79,7 @@ class Settings:
     zero: bool = False
     compress: bool = False
     reshard: bool = False  # continue with another number of processes than the checkpoint's
+    wandb: str | None = None  # a project of Weights & Biases
 
     def resolved(self) -> Settings:
         """A copy in which the recipe's values, then the general ones, have replaced each ``None`` that they know.
