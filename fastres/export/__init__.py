@@ -9,11 +9,12 @@ from .formats import FORMATS, Format
 
 if TYPE_CHECKING:
     from .loading import Program, load
+    from .random_weights import untrained
     from .saving import Exported, save
 
-__all__ = ["FORMATS", "Exported", "Format", "Program", "load", "save"]
+__all__ = ["FORMATS", "Exported", "Format", "Program", "load", "save", "untrained"]
 
-_LAZY = {"Exported": "saving", "Program": "loading", "load": "loading", "save": "saving"}
+_LAZY = {"Exported": "saving", "Program": "loading", "load": "loading", "save": "saving", "untrained": "random_weights"}
 
 
 def __getattr__(name: str) -> Any:

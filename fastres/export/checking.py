@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from fastres.errors import ExportError
 
 FLOOR = 1e-5  # of the largest output: where the network happens to round luckily
+MOST = 1e-2  # of the largest output: a difference that large would tell nothing
 EXACT_IMAGES = 3  # float64 is slow
-RULE = "2 x the network's own largest difference from float64 + 1e-5 x its largest output"
+ROUNDING = 4  # a file may round differently, and three times as badly: the difference is at most the sum of both errors
+RULE = f"{ROUNDING} x the network's own largest difference from float64 + 1e-5 x its largest output"
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ class Check:
         size: (C, H, W). batches: how many images are given at a time.
 
     Raises:
-        ExportError: the network gives no finite outputs, or can't take such images.
+        ExportError: the network gives no finite outputs, is chaotic, or can't take such images.
     """
 
     def __init__(self, own: nn.Module, plain: nn.Module, size: tuple[int, int, int], batches: tuple[int, ...]) -> None:
@@ -61,10 +63,15 @@ class Check:
                 "train it, or load weights"
             )
         self.largest = max(float(y.abs().max()) for y in self.expected)
-        shown = self.images[-1][:EXACT_IMAGES]
-        exact = _in_float64(plain, shown)
-        self.rounding = float((self.expected[-1][: len(shown)].double() - exact).abs().max())
-        self.allowed = 2 * self.rounding + FLOOR * self.largest
+        shown = torch.cat([x[:EXACT_IMAGES] for x in self.images])
+        got = torch.cat([y[:EXACT_IMAGES] for y in self.expected])
+        self.rounding = float((got.double() - _in_float64(plain, shown)).abs().max())
+        self.allowed = ROUNDING * self.rounding + FLOOR * self.largest
+        if self.allowed > MOST * self.largest > 0:
+            raise ExportError(
+                f"this network turns rounding errors into differences of {self.rounding:.2g} in outputs up to "
+                f"{self.largest:.3g}, so a file can't be compared with it; train it, or load weights"
+            )
 
     def compare(self, program: Callable[[Tensor], Tensor], what: str) -> Comparison:
         """Run ``program`` on the same images.

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastres.errors import ExportError, InputError
+from fastres.errors import ExportError, InputError, UserError
 
 from .about import METADATA
 from .formats import find_format, need_packages
@@ -69,9 +69,9 @@ def load(path: str | Path, fused: bool = True) -> Program | nn.Module:
         if path.suffix == ".pt2":
             return open_as("aoti" if _holds_code(path) else "torch-export", path)
         return open_as(find_format(None, path).name, path, fused)
+    except UserError:
+        raise
     except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
-        if isinstance(error, ExportError):
-            raise
         raise ExportError(f"{path} can't be read: {error}") from error
 
 

@@ -113,4 +113,8 @@ def trace(model: nn.Module, images: Tensor, any_batch: bool) -> torch.export.Exp
             f"{type(model).__name__} holds operators that only fastres has ({', '.join(own)}); export the network that was "
             "given to fastres.fuse: they share their parameters"
         )
+    for module in program.graph_module.modules():
+        if isinstance(module, torch.fx.GraphModule):
+            for node in module.graph.nodes:
+                node.meta.pop("stack_trace", None)  # it would carry this machine's folders into the file
     return program

@@ -196,6 +196,9 @@ def put(draft: Path, path: Path) -> None:
         ExportError: it can't be.
     """
     try:
+        plain_file = draft.with_name("permissions")
+        plain_file.touch()
+        shutil.copymode(plain_file, draft)  # safetensors writes a file that only its owner can read
         with open(draft, "rb") as file:
             os.fsync(file.fileno())
         os.replace(draft, path)
