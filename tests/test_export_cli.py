@@ -57,6 +57,29 @@ def test_a_checkpoint(checkpoint, capsys, tmp_path):
     torch.testing.assert_close(program(x), model(x), atol=1e-4, rtol=1e-4)
 
 
+def test_the_average_of_weights_is_preferred(checkpoint, capsys, tmp_path):
+    from torch.optim.swa_utils import AveragedModel
+
+    model = checkpoint[1]
+    average = AveragedModel(model, use_buffers=True)
+    state = {
+        "config": model.config, "model": model.state_dict(), "ema": average.state_dict(), "input_shape": [1, 8, 8],
+        "settings": {"test_image_size": 12},
+    }  # fmt: skip
+    save_checkpoint(state, tmp_path / "c.pt")  # nothing was averaged yet
+    options = ["--checkpoint", tmp_path / "c.pt", "--out", tmp_path / "w.safetensors"]
+    assert command(capsys, *options)[0] == 0 and torch.equal(export.load(options[-1]).fc.bias, model.fc.bias)
+    average.module.fc.bias.data.add_(1)
+    average.n_averaged.add_(1)
+    save_checkpoint({**state, "ema": average.state_dict()}, tmp_path / "c.pt")
+    code, out, _ = command(capsys, *options)
+    assert code == 0 and torch.equal(export.load(options[-1]).fc.bias, model.fc.bias + 1)
+    assert "Nx1x12x12" in out, "the size of test images"
+    assert command(capsys, *options, "--no-ema")[0] == 0 and torch.equal(
+        export.load(options[-1]).fc.bias, model.fc.bias
+    )
+
+
 def test_without_a_name_and_without_a_path(checkpoint, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     code, _, _ = command(capsys, "--checkpoint", checkpoint[0], "--format", "safetensors", "--no-fused")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import ActionYesNo, ArgumentParser, Namespace
 from jsonargparse.typing import PositiveInt
 
 from fastres.cli.options import add_fused, console
@@ -30,6 +30,10 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--image-size", type=PositiveInt, default=None, help="side of the images (the network's own)")
     parser.add_argument("--batch-size", type=PositiveInt, default=None, help="the only batch size that it takes (any)")
     parser.add_argument("--opset", type=PositiveInt, default=None, help="of ONNX (torch's choice)")
+    parser.add_argument(
+        "--ema", action=ActionYesNo(no_prefix="no-"), default=True,
+        help="of a checkpoint that has one, the average of weights, which is what training evaluates",
+    )  # fmt: skip
     add_fused(parser)
 
 
@@ -55,7 +59,7 @@ def run(options: Namespace) -> int:
             f"{options.model} has random weights: good for timing only; --checkpoint or --weights give it others",
             soft_wrap=True, highlight=False,
         )  # fmt: skip
-    image_size = plain(options.image_size or found.pop("image_size", None))
+    image_size = plain(options.image_size) or found.pop("image_size", None)
     with screen.status("") as status:
 
         def report(what: str) -> None:
@@ -103,18 +107,24 @@ def open_network(options: Namespace) -> tuple[Any, dict[str, Any]]:
             f"checkpoint {options.checkpoint} has {config.get('num_classes')} classes, not {options.num_classes}"
         )
     model = fastres.create_model(**{**config, "fused": options.fused})
-    load_state(model, saved["model"], f"checkpoint {options.checkpoint}")
-    found: dict[str, Any] = {
-        "notes": {
-            "trained_on": settings.get("data"),
-            "normalize": settings.get("normalize"),
-            "epoch": saved.get("epoch"),
-        }
-    }
+    average = _average(saved) if options.ema else None
+    load_state(model, saved["model"] if average is None else average, f"checkpoint {options.checkpoint}")
+    notes = {"trained_on": settings.get("data"), "normalize": settings.get("normalize"), "epoch": saved.get("epoch")}
+    found: dict[str, Any] = {"notes": {**notes, "ema": average is not None}}
     classes = saved.get("classes")
     # A network may have more outputs than its data have classes.
     if classes is not None and len(classes) == config.get("num_classes"):
         found["classes"] = classes
     if "input_shape" in saved:
-        found["image_size"] = tuple(saved["input_shape"])
+        channels, height, width = saved["input_shape"]
+        side = settings.get("test_image_size")  # training may end on smaller images than it evaluates on
+        found["image_size"] = (channels, side or height, side or width)
     return model, found
+
+
+def _average(saved: dict[str, Any]) -> dict[str, Any] | None:
+    """The average of weights as a state dict; None where the checkpoint has none, or nothing was averaged yet."""
+    state = saved.get("ema") or {}
+    if not int(state.get("n_averaged", 0)):
+        return None
+    return {key.removeprefix("module."): value for key, value in state.items() if key.startswith("module.")}
