@@ -8,7 +8,7 @@ import zipfile
 
 import pytest
 import torch
-from conftest import require
+from conftest import require, run_python
 from torch import nn
 
 import fastres
@@ -340,3 +340,19 @@ def test_what_can_not_be_opened(tmp_path):
     torch.export.save(foreign, tmp_path / "f.pt2")
     with pytest.raises(ExportError, match="was not written by fastres"):
         export.load(tmp_path / "f.pt2")
+
+
+def test_programs_run_without_fastres(written):
+    names = {name: str(done.path) for name, done in written[1].items()}
+    run_python(
+        f"""
+import sys
+sys.modules["fastres"] = None
+import onnxruntime, torch
+images = torch.randn(3, 3, {SIDE}, {SIDE})
+session = onnxruntime.InferenceSession({names["onnx"]!r}, providers=["CPUExecutionProvider"])
+(logits,) = session.run(["logits"], {{"images": images.numpy()}})
+for other in (torch.export.load({names["torch-export"]!r}).module(), torch._inductor.aoti_load_package({names["aoti"]!r})):
+    torch.testing.assert_close(other(images), torch.from_numpy(logits), atol=2e-5, rtol=0)
+"""
+    )
