@@ -26,6 +26,7 @@ from .models import (
 from .nn import convert_sync_bn
 
 if TYPE_CHECKING:
+    from . import export
     from .explanation import explain
     from .fusion import fuse
     from .inference import CompiledNetwork, compile
@@ -44,6 +45,7 @@ __all__ = [
     "create_model",
     "errors",
     "explain",
+    "export",
     "fuse",
     "list_models",
     "model_info",
@@ -70,9 +72,11 @@ _LAZY = {
 
 def __getattr__(name: str) -> Any:
     """Loads what most programs never need on first use: torch.fx is slow to import."""
-    if name in _LAZY:
-        from importlib import import_module
+    from importlib import import_module
 
+    if name == "export":
+        return import_module("fastres.export")
+    if name in _LAZY:
         value = getattr(import_module(f"fastres.{_LAZY[name]}"), name)
         globals()[name] = value
         return value

@@ -36,6 +36,10 @@ class CheckpointError(UserError, RuntimeError):
     """A checkpoint is missing, damaged or of another network. The message names the file."""
 
 
+class ExportError(UserError, RuntimeError):
+    """A network can't be written in a format, or what was written computes something else. No file is left behind."""
+
+
 class DivergedError(UserError, RuntimeError):
     """The loss of a training run is no longer finite."""
 

@@ -155,6 +155,8 @@ def test_models_lists_and_filters(capsys):
     assert code == 0 and all(name in out for name in fastres.list_models())
     code, out, _ = command(capsys, "models", "resnet5*")
     assert code == 0 and "25,557,032" in out and "resnet56" in out and "resnet18" not in out
+    row = next(line for line in out.splitlines() if "resnet50" in line)
+    assert "4,089,184,256" in row and "22.85 / 6.71 (10-crop, v1)" in row and re.search(r"│ yes +│", row), out
     assert "no network matches 'vgg99'" in fails(capsys, "models", "vgg99")
 
 

@@ -10,7 +10,7 @@ from typing import NoReturn
 
 from jsonargparse import ArgumentParser, Namespace
 
-from fastres.cli import bench, data, doctor, evaluate, explain, models, plot, train, tune
+from fastres.cli import bench, data, doctor, evaluate, explain, export, models, plot, train, tune
 
 COMMANDS = {
     "train": (train, "train a network on a data set"),
@@ -19,6 +19,7 @@ COMMANDS = {
     "bench": (bench, "compare a fused network with its plain PyTorch reference"),
     "tune": (tune, "measure which kernel computes each layer fastest here, and use it"),
     "explain": (explain, "show which backend each layer takes, and why"),
+    "export": (export, "write a network as ONNX, torch.export, AOTInductor or safetensors, and check the file"),
     "models": (models, "list the networks"),
     "doctor": (doctor, "show what was built and found here, and check every op on every backend"),
     "plot": (plot, "draw the curves of training runs"),

@@ -1,4 +1,4 @@
-"""List the registered networks with their sources and exact counts."""
+"""List the registered networks: exact counts, the error in the paper that they are from, and whether fastres fuses them."""
 
 from __future__ import annotations
 
@@ -26,10 +26,15 @@ def run(options: Namespace) -> int:
     table = Table("name", "family", "input", "classes")
     for title in ("parameters", "multiply-adds"):
         table.add_column(title, justify="right")
+    table.add_column("published error, %")
+    table.add_column("fused")
     table.add_column("source")
     for name in names:
         info = fastres.model_info(name)
         size = "x".join(str(n) for n in info.input_size)
-        table.add_row(name, info.family, size, str(info.num_classes), f"{info.params:,}", f"{info.macs:,}", info.source)
+        table.add_row(
+            name, info.family, size, str(info.num_classes), f"{info.params:,}", f"{info.macs:,}", info.published,
+            "yes" if info.fusible else "no", info.source,
+        )  # fmt: skip
     console().print(table)
     return 0

@@ -10,7 +10,7 @@ from fastres.errors import InputError, ModelError
 from fastres.nn.statistics import BatchNorm
 from fastres.ops.checks import check_map
 
-_METADATA = "fastres"
+METADATA = "fastres"  # the entry of ``state_dict()._metadata``, and of a safetensors file's metadata
 # Options that change the function without changing a single key or shape: these must travel with a checkpoint.
 _INVISIBLE = ("name", "version", "shortcut")
 
@@ -66,24 +66,42 @@ class Network(nn.Module):
         return self
 
 
-def _write_architecture(module: nn.Module, state_dict: Any, prefix: str, local_metadata: dict[str, Any]) -> None:
-    assert isinstance(module, Network)
-    local_metadata[_METADATA] = {k: module.config[k] for k in _INVISIBLE if k in module.config}
+def architecture(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of ``config`` that a state dict's keys and shapes don't show."""
+    return {k: config[k] for k in _INVISIBLE if k in config}
 
 
-def _check_architecture(
-    module: nn.Module, state_dict: Mapping[str, Any], prefix: str, local_metadata: dict[str, Any], *rest: Any
-) -> None:
-    assert isinstance(module, Network)
-    stored = local_metadata.get(_METADATA)
-    if stored is None:  # a foreign state dict: torchvision's, or one that lost its metadata
-        return
+def check_architecture(module: nn.Module, state_dict: Mapping[str, Any]) -> None:
+    """Raises ModelError where ``state_dict`` says that it is of another architecture than ``module``.
+
+    A foreign state dict (torchvision's, or one that lost its metadata) says nothing and passes.
+    """
+    stored = getattr(state_dict, "_metadata", {}).get("", {}).get(METADATA)
+    if stored is not None and isinstance(module, Network):
+        _compare(module, stored)
+
+
+def _compare(module: Network, stored: Mapping[str, Any]) -> None:
     different = {k: (v, module.config.get(k)) for k, v in stored.items() if v != module.config.get(k)}
     if different:
         words = ", ".join(f"{k} {given!r} (the model has {own!r})" for k, (given, own) in different.items())
         raise ModelError(
             f"this state dict belongs to another architecture: {words}. Tensor shapes may agree, results won't."
         )
+
+
+def _write_architecture(module: nn.Module, state_dict: Any, prefix: str, local_metadata: dict[str, Any]) -> None:
+    assert isinstance(module, Network)
+    local_metadata[METADATA] = architecture(module.config)
+
+
+def _check_architecture(
+    module: nn.Module, state_dict: Mapping[str, Any], prefix: str, local_metadata: dict[str, Any], *rest: Any
+) -> None:
+    assert isinstance(module, Network)
+    stored = local_metadata.get(METADATA)
+    if stored is not None:
+        _compare(module, stored)
 
 
 def initialise(model: nn.Module) -> None:

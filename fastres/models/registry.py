@@ -9,7 +9,9 @@ from typing import Any
 
 from torch import nn
 
-from fastres.errors import CheckpointError, ModelError
+from fastres.errors import ModelError
+
+from .weights import load_weights
 
 
 @dataclass(frozen=True)
@@ -17,7 +19,9 @@ class ModelInfo:
     """Facts of a registered network with its default options.
 
     ``params``: learnable parameters. ``macs``: multiply-adds of convolutions and fully connected layers at ``input_size``
-    (C, H, W), batch 1; BatchNorm, ReLU, pooling and additions are not counted.
+    (C, H, W), batch 1; BatchNorm, ReLU, pooling and additions are not counted. ``published``: the test error in ``source``,
+    in percent, top-1 and for ImageNet top-5 where it is given, with how it was measured and what differs from the default
+    options; empty where none is printed. ``fusible``: whether ``fused=True`` changes how it is computed.
     """
 
     name: str
@@ -28,6 +32,8 @@ class ModelInfo:
     num_classes: int
     params: int
     macs: int
+    published: str = ""
+    fusible: bool = True
 
 
 _builders: dict[str, Callable[..., nn.Module]] = {}
@@ -84,51 +90,3 @@ def create_model(name: str, fused: bool = True, weights: str | Path | None = Non
     if weights is not None:
         load_weights(model, name, weights)
     return model
-
-
-def load_weights(model: nn.Module, name: str, weights: str | Path) -> None:
-    """Loads a file or torchvision's named weights into ``model``, strictly."""
-    path = Path(weights)
-    looks_like_file = path.exists() or path.suffix in (".pt", ".pth", ".safetensors") or len(path.parts) > 1
-    if not looks_like_file and getattr(model, "config", {}).get("version") == "v1":
-        raise ModelError(f"torchvision's weights are of version v1.5, but {name!r} was built as v1")
-    state = _read(path) if looks_like_file else _torchvision_weights(name, str(weights))
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        raise ModelError(f"{weights}: {error}") from error
-
-
-def _read(path: Path) -> dict[str, Any]:
-    import torch
-
-    if not path.exists():
-        raise CheckpointError(f"no such file: {path}")
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return load_file(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise CheckpointError(f"{path} can't be read: {error}") from error
-    if isinstance(content, dict) and "model" in content and isinstance(content["model"], dict):
-        content = content["model"]
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds a {type(content).__name__}, expected a state dict")
-    return content
-
-
-def _torchvision_weights(name: str, weights: str) -> dict[str, Any]:
-    try:
-        from torchvision.models import get_model_weights
-    except (ImportError, RuntimeError) as error:
-        raise ModelError(
-            f"weights={weights!r} names torchvision's weights, but torchvision can't be used: {error}"
-        ) from error
-    try:
-        return get_model_weights(name)[weights].get_state_dict(progress=False, check_hash=True)
-    except (KeyError, ValueError) as error:
-        raise ModelError(f"torchvision has no weights {weights!r} for {name!r}, and no such file exists") from error
-    except OSError as error:
-        raise CheckpointError(f"torchvision's weights {weights!r} for {name!r} can't be downloaded: {error}") from error
