@@ -9,6 +9,7 @@ Both take turns, so that what else runs on the machine meets both sides, and rep
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import statistics
 import subprocess
@@ -69,7 +70,7 @@ def overhead(options: argparse.Namespace) -> None:
     run.begin_epoch = lambda: None
     from rich.console import Console
 
-    reporter = make_reporter(Console(file=open(os.devnull, "w"), force_terminal=options.bar))
+    reporter = make_reporter(Console(file=io.StringIO(), force_terminal=options.bar))
     images, labels = run.train_data.images, run.train_data.labels
 
     def bare() -> None:
@@ -98,7 +99,7 @@ def overhead(options: argparse.Namespace) -> None:
         ratios = [loop / bare for loop, bare in zip(times["loop", clock], times["bare", clock], strict=True)]
         print(
             f"{options.model}, batch {options.batch_size}, {options.image_size} pixels, {options.threads} thread(s), "
-            f"{clock} time: bare {min(times['bare', clock]) * 1e3:.2f} ms, loop {min(times['loop', clock]) * 1e3:.2f} ms a step; "
+            f"{clock} time: bare {min(times['bare', clock]) * 1e3:.2f} ms, loop {min(times['loop', clock]) * 1e3:.2f} ms; "
             f"overhead {100 * (statistics.median(ratios) - 1):+.2f} % (median of {options.rounds} pairs), "
             f"{100 * (min(times['loop', clock]) / min(times['bare', clock]) - 1):+.2f} % (of the bests)"
         )
