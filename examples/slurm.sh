@@ -15,6 +15,8 @@
 set -u
 data=${1:?the folder with train/ and val/}
 out=${2:-runs/resnet50-slurm}
+# A store for each start: in a shared one, processes after a restart find the addresses of those before it.
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 
 srun --kill-on-bad-exit=1 torchrun \
