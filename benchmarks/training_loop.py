@@ -9,6 +9,7 @@ Both take turns, so that what else runs on the machine meets both sides, and rep
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import statistics
 import subprocess
@@ -69,7 +70,7 @@ def overhead(options: argparse.Namespace) -> None:
     run.begin_epoch = lambda: None
     from rich.console import Console
 
-    reporter = make_reporter(Console(file=open(os.devnull, "w"), force_terminal=options.bar))
+    reporter = make_reporter(Console(file=io.StringIO(), force_terminal=options.bar))
     images, labels = run.train_data.images, run.train_data.labels
 
     def bare() -> None:
@@ -98,7 +99,7 @@ def overhead(options: argparse.Namespace) -> None:
         ratios = [loop / bare for loop, bare in zip(times["loop", clock], times["bare", clock], strict=True)]
         print(
             f"{options.model}, batch {options.batch_size}, {options.image_size} pixels, {options.threads} thread(s), "
-            f"{clock} time: bare {min(times['bare', clock]) * 1e3:.2f} ms, loop {min(times['loop', clock]) * 1e3:.2f} ms a step; "
+            f"{clock} time: bare {min(times['bare', clock]) * 1e3:.2f} ms, loop {min(times['loop', clock]) * 1e3:.2f} ms; "
             f"overhead {100 * (statistics.median(ratios) - 1):+.2f} % (median of {options.rounds} pairs), "
             f"{100 * (min(times['loop', clock]) / min(times['bare', clock]) - 1):+.2f} % (of the bests)"
         )
@@ -117,28 +118,41 @@ def member(options: argparse.Namespace) -> None:
     run.model.train()
     for number in range(options.rounds + 1):
         world.any(0, torch.device("cpu"))
-        begin = time.perf_counter()
+        begin, busy = time.perf_counter(), time.process_time()
         for batch in run.train_data:
             train_step(run, *batch)
             world.any(0, torch.device("cpu"))
+        seconds, busy = time.perf_counter() - begin, time.process_time() - busy
+        busy = max(world.gathered(busy))  # before the rate: all processes take part
         if number and world.first:
-            print(run.train_data.samples * world.size / (time.perf_counter() - begin))
+            images = run.train_data.samples * world.size
+            print(images / seconds, images / busy)
     leave_world()
 
 
 def processes(options: argparse.Namespace) -> None:
     """Images/s of two processes with a core each against one with a core."""
     rates: dict[int, list[float]] = {1: [], 2: []}
+    busy: dict[int, list[float]] = {
+        1: [],
+        2: [],
+    }  # by CPU time of the busiest process: without waiting, and without others
     same = ["member", "--model", options.model, "--batch-size", str(options.batch_size), "--threads", "1"]
-    same += ["--image-size", str(options.image_size), "--steps", str(options.steps), "--rounds", "3"]
+    same += ["--image-size", str(options.image_size), "--steps", str(options.steps), "--rounds", "2"]
     for number in range(options.rounds):
         for count in (1, 2) if number % 2 else (2, 1):
             start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
             done = subprocess.run([*start, __file__, *same], capture_output=True, text=True, check=True)
-            rates[count] += [float(line) for line in done.stdout.split()]
+            found = [float(value) for value in done.stdout.split()]
+            rates[count] += found[::2]
+            busy[count] += found[1::2]
     ratios = {name: pick(rates[2]) / pick(rates[1]) for name, pick in (("medians", statistics.median), ("bests", max))}
+    ratios["CPU time, medians"] = statistics.median(busy[2]) / statistics.median(busy[1])
     for count, found in rates.items():
-        print(f"{count} process(es): median {statistics.median(found):.1f}, best {max(found):.1f} images/s")
+        print(
+            f"{count} process(es): median {statistics.median(found):.1f}, best {max(found):.1f} images/s; "
+            f"{statistics.median(busy[count]):.1f} images/s of CPU time"
+        )
     print(f"{options.model}, batch {options.batch_size} a process, {options.image_size} pixels: {ratios}")
 
 

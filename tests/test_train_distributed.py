@@ -1,7 +1,11 @@
 """Training in several processes: the same as one on the joint batch, resuming, and what ends when a process ends."""
 
+import os
 import re
 import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -134,3 +138,28 @@ def test_incomplete_variables_of_torchrun_are_named(tmp_path, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     with pytest.raises(UserError, match=re.escape("RANK and WORLD_SIZE must both be set")):
         train(Settings(**values(tmp_path)), Acting())
+
+
+def test_torchrun_starts_again_behind_the_last_checkpoint(tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "--max-restarts",
+        "1",
+    ]
+    command += ["-m", "fastres", "train", "resnet20", "--image-size", "16", "--limit", "96", "--batch-size", "32"]
+    command += ["--epochs", "12", "--threads", "1", "--save-every", "1", "--out", str(tmp_path), "--device", "cpu"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as launcher:
+        lines = []
+        for line in launcher.stdout:
+            lines.append(line)
+            if line.startswith("epoch  1/12"):
+                children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
+                os.kill(int(children[-1]), signal.SIGKILL)
+        launcher.wait(60)
+    assert launcher.returncode == 0, "".join(lines)
+    assert sum("continuing from" in line for line in lines) == 1 and ended_with(tmp_path)["epoch"] == 12

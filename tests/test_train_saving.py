@@ -20,12 +20,12 @@ def small(out, **changes):
     )
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_runs_killed_at_random_points_end_with_the_same_bits(processes):
+@pytest.mark.parametrize("processes, points", [(1, 2), (2, 1)])
+def test_runs_killed_at_random_points_end_with_the_same_bits(processes, points):
     script = Path(__file__).parent / "kill_and_resume.py"
-    arguments = [sys.executable, str(script), "--points", "2", "--processes", str(processes), "--seed", "7"]
+    arguments = [sys.executable, str(script), "--points", str(points), "--processes", str(processes), "--seed", "7"]
     done = subprocess.run(arguments, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0 and "2 of 2 points identical" in done.stdout, done.stdout + done.stderr
+    assert done.returncode == 0 and f"{points} of {points} points identical" in done.stdout, done.stdout + done.stderr
 
 
 def test_the_newest_and_the_best_are_kept(tmp_path):
@@ -68,9 +68,8 @@ def test_a_full_disk_leaves_the_old_checkpoint(tmp_path, monkeypatch, asynchrono
     real = os.fsync
 
     def full(descriptor):
-        if os.readlink(f"/proc/self/fd/{descriptor}").endswith(".part") and "checkpoint" in os.readlink(
-            f"/proc/self/fd/{descriptor}"
-        ):
+        name = os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}"))
+        if name.startswith(".checkpoint") and name.endswith(".part"):
             raise OSError(28, "No space left on device")
         real(descriptor)
 
@@ -109,9 +108,7 @@ def test_an_average_that_is_only_saved_or_only_asked_for(tmp_path):
 
 def test_a_newer_format_is_named(tmp_path):
     torch.save({"format": 9, "config": {}, "versions": {"fastres": "7.0"}}, tmp_path / "checkpoint-last.pt")
-    with pytest.raises(
-        CheckpointError, match=r"not a fastres checkpoint of format 1: it has format 9, written by fastres 7\.0"
-    ):
+    with pytest.raises(CheckpointError, match=r"checkpoint of format 1: it has format 9, written by fastres 7\.0"):
         train(small(tmp_path), Acting())
 
 

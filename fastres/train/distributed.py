@@ -95,7 +95,13 @@ def join_world(device: str) -> World:
             )
         torch.cuda.set_device(local_rank)
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=TIMEOUT)
+        store, _, _ = next(dist.rendezvous("env://", rank, size, timeout=TIMEOUT))
+        if os.environ.get("LOCAL_WORLD_SIZE") == str(size):
+            # torchrun's store outlives a restart, and the new processes would find the dead ones' addresses in it. Over
+            # several machines the agents may count restarts differently: there torchrun has to make a store for each
+            # start (TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, see the examples).
+            store = dist.PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        dist.init_process_group("nccl" if on_gpu else "gloo", store=store, rank=rank, world_size=size, timeout=TIMEOUT)
     return World(rank, size, local_rank)
 
 
