@@ -96,6 +96,8 @@ class _Pipelined:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
+        # Threads are kept: each new one would get, and leave behind, a part of the heap of its own.
+        self._pool = ThreadPoolExecutor(max(1, settings.workers), "fastres-resize")
         self._pipeline: Any = None
         self._error: Exception | None = None
         self._source: Iterator[Job] = iter(())
@@ -137,32 +139,31 @@ class _Pipelined:
             self._pipeline = self._build()
         self._error = None
         self._source = itertools.chain([first], jobs)
-        with ThreadPoolExecutor(max(1, self._settings.workers)) as pool:
-            while True:
-                try:
-                    outputs = self._pipeline.run()
-                    job = self._flying[0]
-                    images = self._take(outputs, job, pool)
-                except StopIteration:
-                    self._pipeline.reset()
-                    if self._error is not None:
-                        raise self._error from None
-                    return
-                except RuntimeError as error:
-                    # DALI's pipeline is of no use after an error, and names the file in some cases only. torchvision
-                    # decodes what was under way: it says what is wrong with which image, and delivers the others.
-                    waiting, self._flying = list(self._flying), deque()
-                    self._pipeline = None
-                    if not waiting or "decoders" not in str(error):  # the operator's name: no file is to blame
-                        raise
-                    answers = [decode_job(job, pool, self._settings) for job in waiting]
-                    if not any(done.failures for done in answers):
-                        log.warning("torchvision decodes what DALI can't (%s)", _cause(error))
-                    yield from map(self._moved, answers)
-                    self._pipeline = self._build()
-                    continue
-                self._flying.popleft()
-                yield Done(job, images, {})
+        while True:
+            try:
+                outputs = self._pipeline.run()
+                job = self._flying[0]
+                images = self._take(outputs, job, self._pool)
+            except StopIteration:
+                self._pipeline.reset()
+                if self._error is not None:
+                    raise self._error from None
+                return
+            except RuntimeError as error:
+                # DALI's pipeline is of no use after an error, and names the file in some cases only. torchvision
+                # decodes what was under way: it says what is wrong with which image, and delivers the others.
+                waiting, self._flying = list(self._flying), deque()
+                self._pipeline = None
+                if not waiting or "decoders" not in str(error):  # the operator's name: no file is to blame
+                    raise
+                answers = [decode_job(job, self._pool, self._settings) for job in waiting]
+                if not any(done.failures for done in answers):
+                    log.warning("torchvision decodes what DALI can't (%s)", _cause(error))
+                yield from map(self._moved, answers)
+                self._pipeline = self._build()
+                continue
+            self._flying.popleft()
+            yield Done(job, images, {})
 
     def _moved(self, done: Done) -> Done:
         return done

@@ -120,11 +120,11 @@ class TorchvisionEngine:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
+        self._pool = ThreadPoolExecutor(max(1, settings.workers), "fastres-decode")
 
     def run(self, jobs: Iterator[Job]) -> Iterator[Done]:
-        with ThreadPoolExecutor(max(1, self._settings.workers)) as pool:
-            for job in jobs:
-                yield decode_job(job, pool, self._settings)
+        for job in jobs:
+            yield decode_job(job, self._pool, self._settings)
 
 
 def decode_job(job: Job, pool: ThreadPoolExecutor, settings: Settings) -> Done:
