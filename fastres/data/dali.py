@@ -22,7 +22,7 @@ from nvidia.dali import fn, pipeline_def
 from nvidia.dali.types import DALIDataType, DALIImageType, DALIInterpType
 from torch import Tensor
 
-from fastres.data.engine import Done, Job, Settings, decode_job, empty_batch, resize_into
+from fastres.data.engine import Buffers, Done, Job, Settings, decode_job, resize_into
 from fastres.data.normalize import MEAN, STD, normalize
 
 log = logging.getLogger("fastres.data")
@@ -98,6 +98,7 @@ class _Pipelined:
         self._settings = settings
         # Threads are kept: each new one would get, and leave behind, a part of the heap of its own.
         self._pool = ThreadPoolExecutor(max(1, settings.workers), "fastres-resize")
+        self._buffers = Buffers(settings.device)
         self._pipeline: Any = None
         self._error: Exception | None = None
         self._source: Iterator[Job] = iter(())
@@ -156,7 +157,7 @@ class _Pipelined:
                 self._pipeline = None
                 if not waiting or "decoders" not in str(error):  # the operator's name: no file is to blame
                     raise
-                answers = [decode_job(job, self._pool, self._settings) for job in waiting]
+                answers = [decode_job(job, self._pool, self._buffers, self._settings) for job in waiting]
                 if not any(done.failures for done in answers):
                     log.warning("torchvision decodes what DALI can't (%s)", _cause(error))
                 yield from map(self._moved, answers)
@@ -193,7 +194,7 @@ class HybridEngine(_Pipelined):
         return [job.contents, _rows(windows[:, :2]), _rows(windows[:, 2:])]
 
     def _take(self, outputs: Any, job: Job, pool: ThreadPoolExecutor) -> Tensor:
-        images, target = empty_batch(len(job.contents), job.image_size, self._settings.device)
+        images, target = self._buffers.take(len(job.contents), job.image_size)
         list(
             pool.map(
                 partial(_resize_one, outputs[0], target, job, self._settings.interpolation), range(len(job.contents))
