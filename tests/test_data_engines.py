@@ -292,3 +292,23 @@ def test_wrong_options_are_refused(images, options, message):
 def test_named_sets_refuse_what_is_for_images():
     with pytest.raises(UserError, match="are for images in files, not for digits"):
         create_loader("digits", pca_noise=0.1)
+
+
+def test_memory_of_a_batch_is_used_again_only_when_nobody_holds_it():
+    from fastres.data.engine import Buffers
+
+    buffers = Buffers(torch.device("cpu"))
+    first, array = buffers.take(4, 8)
+    array[...] = 7
+    view = first.permute(0, 3, 1, 2)[1:]
+    del first, array
+    second, array = buffers.take(4, 8)
+    array[...] = 1
+    assert (view == 7).all() and view.data_ptr() != second.data_ptr()
+    address = view.untyped_storage().data_ptr()
+    del view
+    third, array = buffers.take(3, 8)
+    assert third.data_ptr() == address and third.shape == array.shape == (3, 8, 8, 3)
+    del third, array
+    larger, _ = buffers.take(4, 16)
+    assert larger.shape == (4, 16, 16, 3) and len(buffers._arrays) == 2, "what has become too small is let go"

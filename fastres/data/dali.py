@@ -22,7 +22,7 @@ from nvidia.dali import fn, pipeline_def
 from nvidia.dali.types import DALIDataType, DALIImageType, DALIInterpType
 from torch import Tensor
 
-from fastres.data.engine import Done, Job, Settings, decode_job, empty_batch, resize_into
+from fastres.data.engine import Buffers, Done, Job, Settings, decode_job, resize_into
 from fastres.data.normalize import MEAN, STD, normalize
 
 log = logging.getLogger("fastres.data")
@@ -96,6 +96,9 @@ class _Pipelined:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
+        # Threads are kept: each new one would get, and leave behind, a part of the heap of its own.
+        self._pool = ThreadPoolExecutor(max(1, settings.workers), "fastres-resize")
+        self._buffers = Buffers(settings.device)
         self._pipeline: Any = None
         self._error: Exception | None = None
         self._source: Iterator[Job] = iter(())
@@ -137,32 +140,31 @@ class _Pipelined:
             self._pipeline = self._build()
         self._error = None
         self._source = itertools.chain([first], jobs)
-        with ThreadPoolExecutor(max(1, self._settings.workers)) as pool:
-            while True:
-                try:
-                    outputs = self._pipeline.run()
-                    job = self._flying[0]
-                    images = self._take(outputs, job, pool)
-                except StopIteration:
-                    self._pipeline.reset()
-                    if self._error is not None:
-                        raise self._error from None
-                    return
-                except RuntimeError as error:
-                    # DALI's pipeline is of no use after an error, and names the file in some cases only. torchvision
-                    # decodes what was under way: it says what is wrong with which image, and delivers the others.
-                    waiting, self._flying = list(self._flying), deque()
-                    self._pipeline = None
-                    if not waiting or "decoders" not in str(error):  # the operator's name: no file is to blame
-                        raise
-                    answers = [decode_job(job, pool, self._settings) for job in waiting]
-                    if not any(done.failures for done in answers):
-                        log.warning("torchvision decodes what DALI can't (%s)", _cause(error))
-                    yield from map(self._moved, answers)
-                    self._pipeline = self._build()
-                    continue
-                self._flying.popleft()
-                yield Done(job, images, {})
+        while True:
+            try:
+                outputs = self._pipeline.run()
+                job = self._flying[0]
+                images = self._take(outputs, job, self._pool)
+            except StopIteration:
+                self._pipeline.reset()
+                if self._error is not None:
+                    raise self._error from None
+                return
+            except RuntimeError as error:
+                # DALI's pipeline is of no use after an error, and names the file in some cases only. torchvision
+                # decodes what was under way: it says what is wrong with which image, and delivers the others.
+                waiting, self._flying = list(self._flying), deque()
+                self._pipeline = None
+                if not waiting or "decoders" not in str(error):  # the operator's name: no file is to blame
+                    raise
+                answers = [decode_job(job, self._pool, self._buffers, self._settings) for job in waiting]
+                if not any(done.failures for done in answers):
+                    log.warning("torchvision decodes what DALI can't (%s)", _cause(error))
+                yield from map(self._moved, answers)
+                self._pipeline = self._build()
+                continue
+            self._flying.popleft()
+            yield Done(job, images, {})
 
     def _moved(self, done: Done) -> Done:
         return done
@@ -192,7 +194,7 @@ class HybridEngine(_Pipelined):
         return [job.contents, _rows(windows[:, :2]), _rows(windows[:, 2:])]
 
     def _take(self, outputs: Any, job: Job, pool: ThreadPoolExecutor) -> Tensor:
-        images, target = empty_batch(len(job.contents), job.image_size, self._settings.device)
+        images, target = self._buffers.take(len(job.contents), job.image_size)
         list(
             pool.map(
                 partial(_resize_one, outputs[0], target, job, self._settings.interpolation), range(len(job.contents))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import io
 import re
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -73,6 +74,10 @@ def choose_engine(backend: str, settings: Settings) -> Engine:
     """
     if backend not in ("auto", "dali", "dali-only", "torchvision"):
         raise UserError(f"backend must be auto, dali, dali-only or torchvision, got {backend!r}")
+    try:
+        import torchvision  # noqa: F401
+    except ImportError as error:
+        raise UserError(f"images are resized by torchvision, which can't be imported ({error})") from error
     if backend.startswith("dali") or (backend == "auto" and importlib.util.find_spec("nvidia.dali") is not None):
         try:
             from fastres.data.dali import DaliEngine, HybridEngine
@@ -107,10 +112,41 @@ def resize_into(
     target[...] = values[:, ::-1] if geometry.mirrors[position] else values
 
 
-def empty_batch(count: int, size: int, device: torch.device) -> tuple[Tensor, np.ndarray]:
-    """uint8 ``[count, size, size, 3]`` to be filled on the CPU, pinned where a GPU will fetch it; and as an array."""
-    images = torch.empty((count, size, size, 3), dtype=torch.uint8, pin_memory=device.type == "cuda")
-    return images, images.numpy()
+def _references(arrays: list[np.ndarray], index: int) -> int:
+    return sys.getrefcount(arrays[index])
+
+
+UNUSED = _references([np.empty(0, np.uint8)], 0)
+
+
+class Buffers:
+    """Memory for batches on the CPU that is used again when nobody holds the batch any more.
+
+    The C library would take each batch from the part of the heap that belongs to the asking thread. These parts grow and
+    hardly shrink, and there are many of them.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._pinned = device.type == "cuda"
+        self._arrays: list[np.ndarray] = []
+
+    def take(self, count: int, size: int) -> tuple[Tensor, np.ndarray]:
+        """uint8 ``[count, size, size, 3]`` as a tensor and as an array; pinned where a GPU will fetch it."""
+        shape, length = (count, size, size, 3), count * size * size * 3
+        if self._pinned:  # torch keeps pinned memory for the next time by itself
+            images = torch.empty(shape, dtype=torch.uint8, pin_memory=True)
+            return images, images.numpy()
+        # A tensor holds its array for as long as any view of it lives.
+        unused = [i for i in range(len(self._arrays)) if _references(self._arrays, i) == UNUSED]
+        fitting = [i for i in unused if len(self._arrays[i]) >= length]
+        if fitting:
+            array = self._arrays[fitting[0]]
+        else:
+            self._arrays = [each for i, each in enumerate(self._arrays) if i not in unused]
+            array = np.empty(length, np.uint8)
+            self._arrays.append(array)
+        images = torch.from_numpy(array)[:length].view(shape)
+        return images, images.numpy()
 
 
 class TorchvisionEngine:
@@ -120,16 +156,17 @@ class TorchvisionEngine:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
+        self._pool = ThreadPoolExecutor(max(1, settings.workers), "fastres-decode")
+        self._buffers = Buffers(settings.device)
 
     def run(self, jobs: Iterator[Job]) -> Iterator[Done]:
-        with ThreadPoolExecutor(max(1, self._settings.workers)) as pool:
-            for job in jobs:
-                yield decode_job(job, pool, self._settings)
+        for job in jobs:
+            yield decode_job(job, self._pool, self._buffers, self._settings)
 
 
-def decode_job(job: Job, pool: ThreadPoolExecutor, settings: Settings) -> Done:
+def decode_job(job: Job, pool: ThreadPoolExecutor, buffers: Buffers, settings: Settings) -> Done:
     """Decode a batch strictly; what fails is left out and named."""
-    images, target = empty_batch(len(job.contents), job.image_size, settings.device)
+    images, target = buffers.take(len(job.contents), job.image_size)
     reasons = list(pool.map(partial(_decode_one, job, target, settings.interpolation), range(len(job.contents))))
     failures = {position: reason for position, reason in enumerate(reasons) if reason}
     if failures:

@@ -53,6 +53,7 @@ class ImageLoader:
     def __init__(self, source: Source, options: ImageOptions, backend: str, exclude: frozenset[str] = frozenset()):
         self.source, self.options = source, options
         self._engine = choose_engine(backend, options.settings)
+        self._readers = ThreadPoolExecutor(READERS, "fastres-read")
         self._sizes = np.zeros((len(source), 2), np.int32)  # known ones are not looked up again
         self.set_image_size(options.image_size)
         self.bad: dict[str, str] = {}  # found so far: why, by name
@@ -153,28 +154,27 @@ class ImageLoader:
     def _jobs(self, order: np.ndarray, plan: Plan, begin: int, unreadable: dict[int, dict[str, str]]) -> Iterator[Job]:
         """Read the epoch's batches; what can't be read goes to ``unreadable`` by batch and name."""
         options, name = self.options, self.source.name
-        with ThreadPoolExecutor(READERS, "fastres-read") as pool:
-            for number in range(begin, len(plan)):
-                wanted = order[plan[number]].tolist()
-                if self.bad:
-                    wanted = [sample for sample in wanted if name(sample) not in self.bad]
-                contents, left, failed = [], [], {}
-                for sample, (content, shape, reason) in zip(wanted, pool.map(self._read, wanted), strict=True):
-                    if content is None:
-                        failed[name(sample)] = reason
-                        continue
-                    if shape[0]:
-                        self._sizes[sample] = shape
-                    contents.append(content)
-                    left.append(sample)
-                unreadable[number] = failed
-                if not left and options.world_size > 1 and options.skip:
-                    raise DataError(f"no image of batch {number} can be decoded; the other processes would wait for it")
-                if left:
-                    samples = np.array(left, np.int64)
-                    sizes = self._sizes[samples]
-                    geometry = place(options.crops, sizes, samples, self._image_size, options.seed, self._epoch)
-                    yield Job(number, samples, contents, geometry, self._image_size)
+        for number in range(begin, len(plan)):
+            wanted = order[plan[number]].tolist()
+            if self.bad:
+                wanted = [sample for sample in wanted if name(sample) not in self.bad]
+            contents, left, failed = [], [], {}
+            for sample, (content, shape, reason) in zip(wanted, self._readers.map(self._read, wanted), strict=True):
+                if content is None:
+                    failed[name(sample)] = reason
+                    continue
+                if shape[0]:
+                    self._sizes[sample] = shape
+                contents.append(content)
+                left.append(sample)
+            unreadable[number] = failed
+            if not left and options.world_size > 1 and options.skip:
+                raise DataError(f"no image of batch {number} can be decoded; the other processes would wait for it")
+            if left:
+                samples = np.array(left, np.int64)
+                sizes = self._sizes[samples]
+                geometry = place(options.crops, sizes, samples, self._image_size, options.seed, self._epoch)
+                yield Job(number, samples, contents, geometry, self._image_size)
 
     def _batches(self, begin: int) -> Generator[tuple[int, Done | None, dict[str, str]], None, None]:
         """Decoded batches with their numbers, and the bad images that were met up to there, by name."""
