@@ -31,7 +31,7 @@ help:
 	@echo "make sanitize   the convolution kernels under AddressSanitizer, UBSan and ThreadSanitizer"
 	@echo "make lint       ruff, mypy, clang-format, line limit, README tables"
 	@echo "make format     rewrite files as ruff and clang-format want them"
-	@echo "make install    create $(VENV) only                  TORCH='torch==2.13.0' EXTRAS=dev,data PIP_ARGS=..."
+	@echo "make install    create $(VENV) only                  TORCH='torch==2.13.0' EXTRAS=dev,dali-cu13 PIP_ARGS=..."
 	@echo "                                                    CUDA_ARCHS='80 90-real' (default 80, empty: all)"
 	@echo "make wheel      a wheel with both libraries, for all GPU architectures, in dist/, and its checks"
 	@echo "make clean      remove what was built; make distclean removes $(VENV) and the demo's results as well"
