@@ -141,10 +141,10 @@ def open_data(options: Namespace, saved: dict[str, Any], split: Literal["train",
 
 def views(options: Namespace, data: str, loader: Any, device: Any, world: int) -> tuple[Any, Any]:
     """Where the views come from, and which they are. Protocols on a folder need its whole images."""
-    from fastres.data.folder import FolderLoader
+    from fastres.data.folder import ImageLoader
     from fastres.evaluate import FolderSource, LoaderSource, make_protocol
 
-    folder = isinstance(loader, FolderLoader)
+    folder = isinstance(loader, ImageLoader)
     scales = tuple(int(scale) for scale in options.scales) if options.scales else None
     crop, name = options.crop, options.protocol
     if not folder and name != "loader" and crop is None:

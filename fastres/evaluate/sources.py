@@ -96,7 +96,7 @@ class TensorSource:
 
 
 class FolderSource:
-    """Whole images of a folder's test split, decoded and cut into views in threads: what a loader delivers is one crop.
+    """Whole images of a test split, decoded and cut into views in threads: what a loader delivers is one crop.
 
     A rank reads every ``world``-th file and no other.
 
@@ -113,21 +113,21 @@ class FolderSource:
     def __init__(
         self, root: str, workers: int = 2, on_bad_image: str = "stop", device: torch.device | str = "cpu"
     ) -> None:
-        from fastres.data.scan import scan
+        from fastres.data.scan import open_source
 
-        self._list, self._workers, self._device = scan(root, "test"), workers, torch.device(device)
+        self._files, self._workers, self._device = open_source(root, "test"), workers, torch.device(device)
         self._skip = on_bad_image == "skip"
         self.bad: dict[str, str] = {}
-        self.classes, self.num_classes = self._list.classes, len(self._list.classes)
-        self.description = f"{self._list.folder}: {self.samples} whole images in {self.num_classes} classes"
+        self.classes, self.num_classes = self._files.classes, len(self._files.classes)
+        self.description = f"{self._files.place}: {self.samples} whole images in {self.num_classes} classes"
 
     @property
     def samples(self) -> int:
-        return len(self._list.files)
+        return len(self._files)
 
     def items(self, protocol: protocols.Protocol, rank: int = 0, world: int = 1) -> Iterator[Item]:
-        from fastres.data.engine import decode_file
-        from fastres.data.folder import MEAN, STD
+        from fastres.data.engine import decode
+        from fastres.data.normalize import MEAN, STD
 
         mean = torch.tensor(MEAN, device=self._device).view(3, 1, 1) * 255
         scale = 1 / (torch.tensor(STD, device=self._device).view(3, 1, 1) * 255)
@@ -138,14 +138,14 @@ class FolderSource:
                 # A window of a few images: pool.map would cut the views of the whole set ahead of the network.
                 for number in [*mine, *[None] * (2 * self._workers)]:
                     if number is not None:
-                        path = self._list.files[number]
-                        waiting.append((number, pool.submit(lambda p: protocol.views(decode_file(p)), path)))
+                        view = pool.submit(lambda n: protocol.views(decode(self._files.read(n))), number)
+                        waiting.append((number, view))
                     if waiting and (number is None or len(waiting) > 2 * self._workers):
                         index, future = waiting.popleft()
                         views = self._result(index, future)
                         if views is not None:
                             ready = [(v.to(self._device).float() - mean).mul_(scale)[None] for v in views]
-                            yield Item(ready, torch.tensor([self._list.labels[index]], device=self._device))
+                            yield Item(ready, torch.tensor([int(self._files.labels[index])], device=self._device))
             finally:
                 for _, future in waiting:
                     future.cancel()
@@ -158,7 +158,7 @@ class FolderSource:
         except UserError:
             raise  # a crop that doesn't fit is the same for most images, and no fault of the file
         except (RuntimeError, OSError, ValueError) as error:
-            path, reason = self._list.files[index], short_reason(error)
+            path, reason = self._files.name(index), short_reason(error)
             if not self._skip:
                 raise DataError(
                     f"{path} can't be decoded: {reason}. Remove or replace it, or leave such files out with "
