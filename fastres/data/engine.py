@@ -208,6 +208,11 @@ def decode(content: np.ndarray) -> Tensor:
     return decode_image(torch.frombuffer(bytearray(content), dtype=torch.uint8), mode=ImageReadMode.RGB)
 
 
+def decode_file(path: str) -> Tensor:
+    """:func:`decode` of a file."""
+    return decode(np.frombuffer(Path(path).read_bytes(), np.uint8))
+
+
 def short_reason(error: BaseException) -> str:
     """The first line of an error's text, without the C++ source line that torchvision puts before it."""
     line = next((part.strip() for part in str(error).splitlines() if part.strip()), type(error).__name__)
