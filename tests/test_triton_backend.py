@@ -39,7 +39,7 @@ def test_importing_fastres_does_not_import_triton():
 
 
 def test_every_op_has_it():
-    assert list(OPS) == OPERATORS
+    assert [op for op, schema in OPS.items() if "triton" in schema.backends] == OPERATORS
 
 
 class TestRefusals:

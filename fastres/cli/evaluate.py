@@ -128,10 +128,9 @@ def open_data(options: Namespace, saved: dict[str, Any], split: Literal["train",
     batch = options.batch_size if split == "test" else trained.get("batch_size") or options.batch_size
     loader = create_loader(
         data, split, batch_size=batch, workers=options.workers, device=device,
-        image_size=options.image_size or trained.get("test_image_size") or trained.get("image_size"),
-        on_bad_image=options.on_bad_image,
-        normalize=trained.get("normalize") or options.normalize or "channel", limit=options.limit,
-        drop_last=split == "train",
+        image_size=options.image_size or (split == "test" and trained.get("test_image_size")) or trained.get("image_size"),
+        on_bad_image=options.on_bad_image, normalize=trained.get("normalize") or options.normalize or "channel",
+        limit=options.limit, drop_last=split == "train",
         data_dir=options.data_dir or trained.get("data_dir"),
     )  # fmt: skip
     if "classes" in saved and saved["classes"] != loader.classes:
@@ -199,7 +198,12 @@ def open_model(options: Namespace, source: str) -> tuple[Any, dict[str, Any]]:
             raise UserError("--weights is for a network's name; a checkpoint has its own weights")
         saved = load_checkpoint(source)
         model = fastres.create_model(**{**saved["config"], "fused": options.fused})
-        model.load_state_dict(saved["model"])
+        average = saved.get("ema") or {}
+        if int(average.get("n_averaged", 0)):  # what the training evaluated, too
+            weights = {name.removeprefix("module."): v for name, v in average.items() if name.startswith("module.")}
+        else:
+            weights = saved["model"]
+        model.load_state_dict(weights)
         return model, saved
     if options.weights is None:
         fastres.model_info(source)

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import torch
 
-from fastres.data import Loader, create_loader
+from fastres.data import DATASETS, Loader, create_loader
 from fastres.errors import UserError
 from fastres.train.distributed import Shard, World
 from fastres.train.settings import Settings
 
-# What a loader does where it takes the argument: setting, argument, value that asks for nothing.
+# What a loader of images in files does: setting, argument, value that asks for nothing.
 OPTIONAL = (
     ("crop", "crop", "resized"),
     ("color_jitter", "color_jitter", 0.0),
@@ -66,15 +65,15 @@ def open_train(
         raise UserError(f"batch size {settings.batch_size} leaves a part of one image, which has no statistics")
     # A batch of one can't be normalised, and an incomplete one disturbs the statistics: training drops it.
     options = {**_common(settings, device), "image_size": size, "augment": settings.augment, "drop_last": True}
-    offered, missing = inspect.signature(create_loader).parameters, []
+    missing = []
     for name, argument, nothing in OPTIONAL:
         value = getattr(settings, name)
         if value in (None, nothing) or not settings.augment:
             continue
-        if argument in offered:
-            options[argument] = value
-        else:
+        if settings.data in DATASETS:  # small images in memory are padded, cropped and mirrored, no more
             missing.append(f"{name} {value}")
+        else:
+            options[argument] = value
     loader = _open(settings, world, "train", options)
     if not len(loader):
         raise UserError(f"batch size {settings.batch_size} is more than the {loader.samples} training images")
