@@ -102,6 +102,15 @@ def test_eval_by_protocol_of_an_ensemble_with_a_report(trained, capsys, tmp_path
     assert "unknown protocol 'five'" in fails(capsys, "eval", last, "--protocol", "five")
 
 
+def test_eval_takes_the_average_of_weights_that_the_training_evaluated(capsys, tmp_path):
+    small = ["--batch-size", 32, "--image-size", 16, "--limit", 96, "--epochs", 1]
+    assert command(capsys, "train", "resnet20", "--out", tmp_path, *small, "--ema", 0.5, "--ema-every", 1)[0] == 0
+    last = tmp_path / "checkpoint-last.pt"
+    assert command(capsys, "eval", last, "--limit", 96, "--json", tmp_path / "f.json")[0] == 0
+    figures = json.loads((tmp_path / "f.json").read_text())
+    assert figures["loss"] == pytest.approx(read_log(tmp_path)[-1].test_loss, rel=1e-4)
+
+
 def test_eval_of_several_processes_is_that_of_one(trained, capsys, tmp_path):
     last = str(trained / "checkpoint-last.pt")
     code, _, _ = command(capsys, "eval", last, "--limit", 90, "--batch-size", 32, "--json", tmp_path / "one.json")
