@@ -10,12 +10,12 @@ from ranks import Acting
 import fastres
 from fastres.cli import main
 from fastres.data import create_loader
+from fastres.data.augment import Mixing
 from fastres.errors import RecipeError, UserError
 from fastres.train import RECIPES, Settings, train
 from fastres.train.optim import make_optimizer
 from fastres.train.recipes import KEYS, open_recipe
 from fastres.train.run import make_schedule
-from fastres.train.stepping import Mixing
 
 
 def schedule(recipe, per_epoch, **changes):

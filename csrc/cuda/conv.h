@@ -84,4 +84,18 @@ inline void check_launch(const Checker& c, const char* error, const Place& place
 
 inline cuda::Precision precision_of(bool tf32) { return tf32 ? cuda::Precision::tf32 : cuda::Precision::float32; }
 
+// What a problem of either direction says of x, the weights and the prologue; both tensors become dense in channels_last. x's device is
+// current.
+template <class Problem>
+void describe(Problem& p, Tensor& x, Tensor& weight, const std::optional<AffineTensors>& affine, bool relu, bool tf32) {
+  p.type = cuda_type(x);
+  p.precision = precision_of(tf32);
+  x = dense(x, MemoryFormat::ChannelsLast);
+  weight = dense(weight, MemoryFormat::ChannelsLast);
+  p.x = x.const_data_ptr();
+  p.weight = weight.const_data_ptr();
+  p.prologue = cuda_affine(affine);
+  p.prologue_relu = affine && relu;
+}
+
 }  // namespace fastres

@@ -15,16 +15,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv_backward(OptionalTensor grad_y, 
   const int64_t C = sizes.channels, K = sizes.filters;
 
   cuda::ConvBackward p{};
-  p.type = cuda_type(x);
-  p.precision = precision_of(tf32);
   p.shape = served(c, sizes, x, weight);
   const Place place(x);
-  x = dense(x, MemoryFormat::ChannelsLast);
-  weight = dense(weight, MemoryFormat::ChannelsLast);
-  p.x = x.const_data_ptr();
-  p.weight = weight.const_data_ptr();
-  p.prologue = cuda_affine(affine);
-  p.prologue_relu = affine && relu;
+  describe(p, x, weight, affine, relu, tf32);
   if (grad_y) {
     grad_y = dense_map(c, "grad_y", *grad_y, sizes.y(), x);
     p.grad_y = grad_y->const_data_ptr();

@@ -19,16 +19,9 @@ std::tuple<Tensor, Tensor, Tensor> conv_forward(Tensor x, Tensor weight, Optiona
   const MemoryFormat format = format_of(x);
 
   cuda::ConvForward p{};
-  p.type = cuda_type(x);
-  p.precision = precision_of(tf32);
   p.shape = served(c, sizes, x, weight);
   const Place place(x);
-  x = dense(x, MemoryFormat::ChannelsLast);
-  weight = dense(weight, MemoryFormat::ChannelsLast);
-  p.x = x.const_data_ptr();
-  p.weight = weight.const_data_ptr();
-  p.prologue = cuda_affine(affine);
-  p.prologue_relu = affine && prologue_relu;
+  describe(p, x, weight, affine, prologue_relu, tf32);
   const int64_t K = sizes.filters;
   if (bias) {
     c.same_device("bias", *bias, x.device());

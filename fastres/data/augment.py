@@ -161,8 +161,10 @@ class Mixing:
     def __init__(self, classes: int, mixup: float = 0.0, cutmix: float = 0.0) -> None:
         if mixup < 0 or cutmix < 0 or not mixup + cutmix:
             raise UserError(f"mixup and cutmix must be positive, or one of them 0, got {mixup} and {cutmix}")
-        from torchvision.transforms import v2
-
+        try:
+            from torchvision.transforms import v2
+        except ImportError as error:
+            raise UserError(f"mixup and cutmix are torchvision's: pip install 'fastres[vision]' ({error})") from error
         chosen = [v2.MixUp(alpha=mixup, num_classes=classes)] if mixup else []
         chosen += [v2.CutMix(alpha=cutmix, num_classes=classes)] if cutmix else []
         self._transform = v2.RandomChoice(chosen)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -91,7 +92,7 @@ def _everything(feed: Feed, on_gpu: bool, two_passes: bool, cut: bool, half: boo
     )  # fmt: skip
 
 
-class _Pipelined:
+class _Pipelined(ABC):
     """Feeds jobs to a pipeline, takes its outputs, and survives what a file does to it."""
 
     def __init__(self, settings: Settings) -> None:
@@ -104,14 +105,17 @@ class _Pipelined:
         self._source: Iterator[Job] = iter(())
         self._flying: deque[Job] = deque()
 
+    @abstractmethod
     def _build(self) -> Any:
-        raise NotImplementedError
+        """The built pipeline, which asks :meth:`_feed` for its inputs."""
 
+    @abstractmethod
     def _inputs(self, job: Job) -> list[Any]:
-        raise NotImplementedError
+        """What the pipeline's sources get of a job."""
 
+    @abstractmethod
     def _take(self, outputs: Any, job: Job, pool: ThreadPoolExecutor) -> Tensor:
-        raise NotImplementedError
+        """A job's images of what came out, [B, C, H, W]."""
 
     def _feed(self) -> list[Any]:
         try:

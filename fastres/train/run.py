@@ -14,6 +14,7 @@ from torch import nn
 
 import fastres
 from fastres.data import Loader
+from fastres.data.augment import Mixing
 from fastres.errors import CheckpointError, UserError
 from fastres.train.checkpoint import check_classes, check_config, load_checkpoint, random_state, set_random_state
 from fastres.train.distributed import World
@@ -22,7 +23,7 @@ from fastres.train.optim import Schedule, make_optimizer
 from fastres.train.records import Row
 from fastres.train.saving import Saver
 from fastres.train.settings import Settings
-from fastres.train.stepping import Mixing, parallel
+from fastres.train.stepping import parallel
 
 LAST, BEST = "checkpoint-last.pt", "checkpoint-best.pt"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

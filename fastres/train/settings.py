@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -135,7 +134,7 @@ class Settings:
         of 32, between the shares begin and end of the run."""
         if self.progressive is None:
             return self.image_size
+        from fastres.data.augment import progressive_size
+
         low, high, begin, end = self.progressive
-        share = (epoch / max(1, epochs) - begin) / max(1e-9, end - begin)
-        size = low + (high - low) * min(1.0, max(0.0, share))
-        return int(min(high, math.floor(size / 32 + 0.5) * 32)) if low < size < high else int(size)
+        return progressive_size(epoch, epochs, int(low), int(high), begin, end)

@@ -17,24 +17,6 @@ if TYPE_CHECKING:
     from fastres.train.run import Run
 
 
-class Mixing:
-    """Mixup and CutMix by torchvision; where both are asked for, one of them is drawn for each batch."""
-
-    def __init__(self, classes: int, mixup: float, cutmix: float) -> None:
-        try:
-            from torchvision.transforms import v2
-        except ImportError as error:
-            raise UserError(f"mixup and cutmix are torchvision's: pip install 'fastres[vision]' ({error})") from error
-        self._choices: list[Any] = [v2.MixUp(alpha=mixup, num_classes=classes)] if mixup else []
-        self._choices += [v2.CutMix(alpha=cutmix, num_classes=classes)] if cutmix else []
-
-    def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """``[B, C, H, W]`` and ``[B]`` to mixed images and ``[B, classes]``, from torch's global random numbers."""
-        chosen = int(torch.randint(len(self._choices), ())) if len(self._choices) > 1 else 0
-        images, targets = self._choices[chosen](images, labels)
-        return images, targets
-
-
 def parallel(model: nn.Module, settings: Settings, world: World, device: torch.device) -> nn.Module:
     """What a step calls: the network, wrapped for several processes and compiled as the settings ask."""
     wrapped = model
