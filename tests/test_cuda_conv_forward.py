@@ -10,6 +10,7 @@ import torch
 from emulation import cuda, cuda_problems
 from emulation.cuda_problems import PRECISIONS, TYPES, Affine, ConvForward, Geometry, pointer
 from emulation.errors import EmulationError
+from emulation.sanitized import Sanitized
 from parity import assert_parity
 from torch import Tensor
 from triton_conv_cases import KINDS, SHAPES, Case, Inputs, integers, normals, peer_of, truth_of
@@ -174,6 +175,15 @@ def test_views_off_alignment_take_narrow_copies(library: cuda.Library, ptx: cuda
     for executor in (SCHEDULES[3], ptx):
         moved_inputs = Inputs(**{**inputs.__dict__, "x": moved})
         assert_exact(run(library, case, moved_inputs, kind, executor, off=1), truth_of(case, inputs))
+
+
+@pytest.mark.parametrize("sanitizer", ("thread", "address"))
+def test_sanitized(sanitizer: str) -> None:
+    """No races, and nothing outside of the tensors or shared memory: several tiles both ways, in padding, with statistics."""
+    one = cuda.build("conv_forward_one.cpp")
+    case = Case(2, 40, 7, 9, 70, 3, 3, (2, 2), (2, 1), (2, 1))
+    inputs = integers(case, "fp16")
+    assert_exact(run(one, case, inputs, "fp16", Sanitized(sanitizer)), truth_of(case, inputs))
 
 
 def test_same_bits_whatever_the_schedule(library: cuda.Library, ptx: cuda.Ptx) -> None:
