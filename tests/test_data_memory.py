@@ -179,6 +179,13 @@ def test_fashion_mnist_is_read_and_padded(folder):
         (gzip.compress(idx(np.zeros((300, 28))))[:-20], "can't be read"),
         (gzip.compress(b"x" * 100)[:15], "can't be read"),
     ],
+    ids=(
+        "empty",
+        "text",
+        "short",
+        "cut gzip",
+        "shorter gzip",
+    ),  # gzip writes the time: the contents name no test twice alike
 )
 def test_damaged_idx_files_are_named(tmp_path, content, reason):
     path = tmp_path / "train-images-idx3-ubyte"
